@@ -11,7 +11,7 @@
 //    adjacent pairs. In the F32 arithmetic reference, avx2 and avx512 therefore give equal bits. With
 //    BF16 inputs reference, avx2 and avx512 multiply-add in FP32 (exact products, one rounding per
 //    add) in ascending K; avx512_bf16 uses vdpbf16ps, whose pairing is its own: another arithmetic.
-//  * Reductions along a row (norms, dot products of attention): 16 lanes, lane l takes the
+//  * Reductions along a row (norms, absorbed attention's dot products): 16 lanes, lane l takes the
 //    elements i ≡ l (mod 16) in ascending order by fma, then lanes are added in halves
 //    (l += l+8, l += l+4, l += l+2, l += l+1). A missing tail counts as +0. Equal bits everywhere,
 //    except BF16 dots on avx512_bf16, where lane l takes the pairs (2i, 2i+1), i ≡ l (mod 16).
@@ -121,7 +121,9 @@ struct SequenceRows {
 
 // Causal MLA over the cache for rows of several sequences. The rows' own latents are already in
 // the cache. Keys are walked in blocks of 64 aligned to position 0 with an online softmax in FP32:
-//   s_j = tau · dot(q, k_j)  (one dot over nope then rope elements);  block max m_b over valid keys;
+//   s_j = tau · (q · k_j): in the naive form ONE fma chain over ascending elements, nope then rope (on
+//   avx512_bf16 pairs, like Linear); in the absorbed form a 16-lane dot over latent then rope
+//   elements;  block max m_b over valid keys;
 //   m' = max(m, m_b); a = exp(m - m'); p_j = exp(s_j - m'), 0 for invalid j;
 //   l = l·a + sum_j p_j (ascending j, plain FP32 adds);  o = o·a + sum_j p_j·v_j, where the inner sum is one chain
 //   of fmas from +0 over ascending j of the block and p_j is first rounded to A (l takes the unrounded p).
