@@ -1,0 +1,655 @@
+#include "actors/attention.hpp"
+
+#include "actors/batching.hpp"
+#include "actors/stopping.hpp"
+
+#include <caf/actor_cast.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace troupe {
+
+namespace {
+
+// Rows of logits computed at once: bounds memory, and long enough to use the cores well.
+constexpr int64_t kLogitRows = 64;
+// Rows a client may leave untaken before its request pauses.
+constexpr int64_t kUnacknowledgedBytes = int64_t{64} << 20;
+
+bool needs_counts(const SamplingParams& p) {
+  return p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
+}
+
+} // namespace
+
+// One step: its plan, its memory and what its last job found. Shared with the jobs.
+struct AttentionState::Step {
+  // One row whose logits are wanted.
+  struct LogitRow {
+    int64_t row = 0;       // of the step
+    size_t sequence = 0;   // of `plan.sequences`
+    int32_t position = 0;
+    int32_t target = -1;   // prompt id whose log-probability is wanted
+    bool sample = false;
+    bool keep = false;     // the raw row is wanted
+    TokenCounts counts;    // with the drafts before this row; kept only for penalties
+    Sampled sampled;
+    double logprob = 0;
+    std::vector<uint8_t> raw;
+  };
+  struct Mine { // what the leader knows of a sequence of the plan
+    Sequence* sequence = nullptr;
+    int64_t row_begin = 0;
+    int64_t num_drafts = 0;
+  };
+
+  const RankContext* context = nullptr;
+  TrunkParts parts;
+  std::shared_ptr<Trunk> trunk;
+  StepPlan plan;
+  std::vector<Mine> mine; // empty on a sibling
+  std::vector<int32_t> tokens;
+  BufferRef hidden; // [rows, hidden] in A, after the final norm
+  std::vector<LogitRow> wanted;
+  std::vector<RowsReady> captured; // hidden states
+  std::vector<SamplingParams> sampling; // per sequence
+  std::vector<const Sequence*> capture_for; // per sequence or null
+  MutableRows x;
+
+  [[nodiscard]] int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }
+  void prologue(Workers& workers);
+  void epilogue(Workers& workers);
+  void capture(int64_t index, const std::byte* rows);
+  void finish_rows(std::span<LogitRow> rows, const float* logits, Workers& workers);
+};
+
+// ---- jobs -------------------------------------------------------------------------------------
+
+void AttentionState::Step::prologue(Workers&) { trunk->embed(tokens, x); }
+
+void AttentionState::Step::capture(int64_t index, const std::byte* rows) {
+  const auto hidden_size = static_cast<size_t>(context->config.hidden_size);
+  const DType a = context->arithmetic.activations;
+  int64_t row = 0;
+  for (size_t s = 0; s < plan.sequences.size(); ++s) {
+    const auto n = static_cast<int64_t>(plan.sequences[s].tokens.size());
+    if (capture_for[s]) {
+      RowsReady ready;
+      ready.id = plan.sequences[s].request;
+      ready.name = fmt::format("hidden.{}", index);
+      ready.first_row = plan.sequences[s].first_position;
+      ready.num_rows = n;
+      ready.num_cols = static_cast<int64_t>(hidden_size);
+      ready.bytes.resize(static_cast<size_t>(n) * hidden_size * sizeof(float));
+      const std::byte* from = rows + static_cast<size_t>(row) * hidden_size * static_cast<size_t>(size_of(a));
+      for (size_t i = 0; i < static_cast<size_t>(n) * hidden_size; ++i) {
+        float value = 0;
+        if (a == DType::f32)
+          std::memcpy(&value, from + i * 4, 4);
+        else {
+          BF16 b;
+          std::memcpy(&b, from + i * 2, 2);
+          value = to_float(b);
+        }
+        std::memcpy(ready.bytes.data() + i * 4, &value, 4);
+      }
+      captured.push_back(std::move(ready));
+    }
+    row += n;
+  }
+}
+
+void AttentionState::Step::epilogue(Workers& workers) {
+  const DType a = context->arithmetic.activations;
+  const int64_t hidden_size = context->config.hidden_size;
+  const MutableRows h{hidden->data(), a, hidden_size};
+  trunk->final_norm(num_rows(), Rows{x.data, x.dtype, x.stride}, h, workers);
+  if (std::any_of(capture_for.begin(), capture_for.end(), [](auto* s) { return s != nullptr; }))
+    capture(context->config.num_hidden_layers, hidden->data());
+  const auto row_size = static_cast<size_t>(hidden_size * size_of(a));
+  const auto vocab = static_cast<size_t>(context->config.vocab_size);
+  const auto chunk = static_cast<size_t>(std::min<int64_t>(kLogitRows, static_cast<int64_t>(wanted.size())));
+  std::vector<std::byte> gathered(chunk * row_size);
+  std::vector<float> logits(chunk * vocab);
+  for (size_t begin = 0; begin < wanted.size(); begin += chunk) {
+    const size_t n = std::min(chunk, wanted.size() - begin);
+    for (size_t i = 0; i < n; ++i)
+      std::memcpy(gathered.data() + i * row_size,
+                  hidden->data() + static_cast<size_t>(wanted[begin + i].row) * row_size, row_size);
+    trunk->logits(static_cast<int64_t>(n), Rows{gathered.data(), a, hidden_size}, logits.data(),
+                  workers);
+    finish_rows(std::span{wanted}.subspan(begin, n), logits.data(), workers);
+  }
+}
+
+void AttentionState::Step::finish_rows(std::span<LogitRow> rows, const float* logits,
+                                       Workers& workers) {
+  const auto vocab = static_cast<size_t>(context->config.vocab_size);
+  workers.parallel_for(static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end, int) {
+    std::vector<float> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      auto& row = rows[static_cast<size_t>(i)];
+      const std::span<const float> raw{logits + static_cast<size_t>(i) * vocab, vocab};
+      if (row.sample)
+        row.sampled = sample(raw, sampling[row.sequence], row.counts,
+                             static_cast<uint32_t>(row.position + 1), parts.num_ids, scratch);
+      if (row.target >= 0)
+        row.logprob = log_probability(raw, row.target);
+      if (row.keep) {
+        row.raw.resize(vocab * sizeof(float));
+        std::memcpy(row.raw.data(), raw.data(), row.raw.size());
+      }
+    }
+  });
+}
+
+// ---- the actor --------------------------------------------------------------------------------
+
+namespace {
+
+using Self = Attention::stateful_pointer<AttentionState>;
+using Step = AttentionState::Step;
+
+void continue_work(Self self);
+
+bool leads(const AttentionState& state) { return state.context->me().tp_rank == 0; }
+
+template <class T>
+void tell_gateway(const AttentionState& state, const RunRequest& request, T message) {
+  state.context->postman->tell(request.reply_to, Route::gateway, std::move(message));
+}
+
+void refuse(const AttentionState& state, const RunRequest& request, Errc code, std::string why) {
+  RequestDone done;
+  done.id = request.id;
+  done.finish_reason = code == Errc::cancelled ? "cancelled" : "error";
+  done.error_code = static_cast<uint8_t>(code);
+  done.error = std::move(why);
+  done.prompt_tokens = static_cast<int64_t>(request.spec.prompt.size());
+  tell_gateway(state, request, std::move(done));
+}
+
+int64_t longest(const AttentionState& state, const RequestSpec& spec) {
+  const auto wanted = static_cast<int64_t>(spec.prompt.size()) + spec.max_tokens;
+  return std::min(wanted, state.context->limits.max_context);
+}
+
+int64_t pages_for(int64_t positions) { return (positions + kPageTokens - 1) / kPageTokens; }
+
+// What is wrong with a request, empty if nothing.
+std::pair<Errc, std::string> check(const AttentionState& state, const RequestSpec& spec) {
+  const auto& limits = state.context->limits;
+  const auto length = static_cast<int64_t>(spec.prompt.size());
+  if (length == 0)
+    return {Errc::invalid_argument, "prompt: empty, at least one token expected"};
+  for (const int32_t id : spec.prompt)
+    if (id < 0 || id >= state.context->config.vocab_size)
+      return {Errc::invalid_argument,
+              fmt::format("prompt: token {} is not in the vocabulary of {} ids", id,
+                          state.context->config.vocab_size)};
+  if (length > limits.max_context || (length == limits.max_context && spec.max_tokens > 0))
+    return {Errc::invalid_argument, fmt::format("prompt: {} tokens do not fit a context of {}",
+                                                length, limits.max_context)};
+  if (pages_for(longest(state, spec)) > pages_for(limits.kv_tokens))
+    return {Errc::out_of_memory,
+            fmt::format("prompt and answer need {} positions of KV cache, there are {}",
+                        longest(state, spec), limits.kv_tokens)};
+  if (!spec.stop.empty() && !state.parts.tokenizer)
+    return {Errc::invalid_argument, "stop: the model has no tokenizer to find stop strings with"};
+  if (spec.speculate > limits.max_speculate)
+    return {Errc::invalid_argument, fmt::format("speculate: {} asked for, at most {} here",
+                                                spec.speculate, limits.max_speculate)};
+  return {Errc::none, {}};
+}
+
+// Gives waiting requests their cache pages, oldest first.
+void admit(AttentionState& state) {
+  while (!state.queue.empty() &&
+         static_cast<int64_t>(state.active.size()) < state.context->limits.batch) {
+    const auto& request = state.queue.front();
+    const int64_t pages = pages_for(longest(state, request.spec));
+    if (pages > static_cast<int64_t>(state.free_pages.size()))
+      return;
+    auto seq = std::make_unique<Sequence>();
+    seq->request = std::move(state.queue.front());
+    state.queue.pop_front();
+    const auto& spec = seq->request.spec;
+    seq->tokens = spec.prompt;
+    seq->prompt_length = static_cast<int64_t>(spec.prompt.size());
+    seq->pages.assign(state.free_pages.end() - pages, state.free_pages.end());
+    state.free_pages.resize(state.free_pages.size() - static_cast<size_t>(pages));
+    seq->started = state.context->clock->now();
+    if (needs_counts(spec.sampling))
+      for (const int32_t id : spec.prompt)
+        ++seq->counts.prompt[id];
+    if (!spec.stop.empty())
+      seq->detokenizer.emplace(state.parts.tokenizer);
+    state.active.push_back(std::move(seq));
+  }
+}
+
+// Ends a request and frees what it held.
+void retire(AttentionState& state, Sequence* seq, const std::string& reason,
+            const caf::error& error = {}) {
+  const auto now = state.context->clock->now();
+  const auto seconds = [](Nanoseconds t) { return static_cast<double>(t.count()) * 1e-9; };
+  const auto first = seq->first_token.count() > 0 ? seq->first_token : now;
+  RequestDone done;
+  done.id = seq->request.id;
+  done.finish_reason = reason;
+  done.error_code = static_cast<uint8_t>(code_of(error));
+  done.error = text_of(error);
+  done.prompt_tokens = seq->prompt_length;
+  done.answer_tokens = static_cast<int64_t>(seq->tokens.size()) - seq->prompt_length;
+  done.drafted = seq->drafted;
+  done.accepted = seq->accepted;
+  done.steps = seq->steps;
+  done.prefill_s = seconds(first - seq->started);
+  done.decode_s = seconds(now - first);
+  tell_gateway(state, seq->request, std::move(done));
+  if (state.parts.mtp_cache)
+    for (int32_t r = 0; r < state.context->tp(); ++r)
+      state.context->postman->tell(state.context->sibling(r), Route::mtp,
+                                   ForgetSequence{seq->request.id, state.drafted_step});
+  state.free_pages.insert(state.free_pages.end(), seq->pages.begin(), seq->pages.end());
+  std::erase_if(state.active, [&](const auto& s) { return s.get() == seq; });
+}
+
+// Appends an answer token; the reason to stop, if it is one.
+std::string append_token(const AttentionState& state, Sequence& seq, int32_t token) {
+  const auto& spec = seq.request.spec;
+  seq.tokens.push_back(token);
+  if (needs_counts(spec.sampling))
+    ++seq.counts.answer[token];
+  if (seq.first_token.count() == 0)
+    seq.first_token = state.context->clock->now();
+  const auto& eos = state.parts.eos_ids;
+  if (!spec.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end())
+    return "stop";
+  if (seq.detokenizer && meets_stop(seq.tail, seq.detokenizer->push(token), spec.stop))
+    return "stop";
+  const auto answered = static_cast<int64_t>(seq.tokens.size()) - seq.prompt_length;
+  if (answered >= spec.max_tokens ||
+      static_cast<int64_t>(seq.tokens.size()) >= state.context->limits.max_context)
+    return "length";
+  return {};
+}
+
+// The rows of a sequence whose logits are wanted.
+void want_logits(const Sequence& seq, size_t index, const Step::Mine& mine,
+                 const SequencePlan& plan, Step& step) {
+  const auto& spec = seq.request.spec;
+  TokenCounts counts = seq.counts;
+  for (size_t i = 0; i < plan.tokens.size(); ++i) {
+    const int32_t position = plan.first_position + static_cast<int32_t>(i);
+    const auto known = static_cast<int64_t>(seq.tokens.size());
+    if (position >= known && needs_counts(spec.sampling))
+      ++counts.answer[plan.tokens[i]]; // a draft that rows from here on see
+    Step::LogitRow row;
+    row.row = mine.row_begin + static_cast<int64_t>(i);
+    row.sequence = index;
+    row.position = position;
+    row.sample = spec.max_tokens > 0 && position + 1 >= known;
+    if (spec.prompt_logprobs && position + 1 < seq.prompt_length)
+      row.target = seq.tokens[static_cast<size_t>(position) + 1];
+    row.keep = spec.logits && (spec.max_tokens == 0 || row.sample);
+    if (!row.sample && row.target < 0 && !row.keep)
+      continue;
+    if (row.sample)
+      row.counts = counts;
+    step.wanted.push_back(std::move(row));
+  }
+}
+
+// The leader's next step, or null when there is nothing to do.
+std::shared_ptr<Step> plan_step(AttentionState& state) {
+  std::vector<BatchItem> items;
+  for (const auto& seq : state.active)
+    items.push_back({static_cast<int64_t>(seq->tokens.size()), seq->prompt_length, seq->computed,
+                     static_cast<int64_t>(seq->drafts.size()),
+                     seq->unacknowledged > kUnacknowledgedBytes});
+  const auto& limits = state.context->limits;
+  const auto batch = plan_batch(items, {limits.batch, limits.prefill_chunk});
+  if (batch.empty())
+    return nullptr;
+  auto step = std::make_shared<Step>();
+  step->plan.id = state.next_step++;
+  int64_t row = 0;
+  for (const auto& rows : batch) {
+    Sequence& seq = *state.active[static_cast<size_t>(rows.item)];
+    SequencePlan plan;
+    plan.request = seq.request.id;
+    plan.first_position = static_cast<int32_t>(seq.computed);
+    plan.prompt_length = static_cast<int32_t>(seq.prompt_length);
+    plan.pages = seq.pages;
+    const auto first = seq.tokens.begin() + seq.computed;
+    plan.tokens.assign(first, first + (rows.num_rows - rows.num_drafts));
+    plan.tokens.insert(plan.tokens.end(), seq.drafts.begin(), seq.drafts.end());
+    Step::Mine mine{&seq, row, rows.num_drafts};
+    want_logits(seq, step->mine.size(), mine, plan, *step);
+    step->mine.push_back(mine);
+    step->sampling.push_back(seq.request.spec.sampling);
+    step->capture_for.push_back(seq.request.spec.hidden_states ? &seq : nullptr);
+    step->plan.sequences.push_back(std::move(plan));
+    row += rows.num_rows;
+    ++seq.steps;
+  }
+  return step;
+}
+
+// Rows, positions and page tables of a plan.
+Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
+  Walk walk;
+  walk.id = step->plan.id;
+  for (const auto& plan : step->plan.sequences)
+    walk.pages.push_back(plan.pages);
+  int64_t row = 0;
+  for (size_t s = 0; s < step->plan.sequences.size(); ++s) {
+    const auto& plan = step->plan.sequences[s];
+    const auto n = static_cast<int64_t>(plan.tokens.size());
+    const int64_t in_prompt =
+      std::clamp<int64_t>(plan.prompt_length - plan.first_position, 0, n);
+    const int32_t* pages = walk.pages[s].data();
+    if (in_prompt > 0)
+      walk.rows.prompt.push_back({row, in_prompt, plan.first_position, pages});
+    if (in_prompt < n)
+      walk.rows.answer.push_back({row + in_prompt, n - in_prompt,
+                                  plan.first_position + static_cast<int32_t>(in_prompt), pages});
+    for (int64_t i = 0; i < n; ++i)
+      walk.rows.positions.push_back(plan.first_position + static_cast<int32_t>(i));
+    step->tokens.insert(step->tokens.end(), plan.tokens.begin(), plan.tokens.end());
+    row += n;
+  }
+  walk.rows.num_rows = row;
+  const auto& layers = state.parts.weights->layers;
+  for (size_t l = 0; l < layers.size(); ++l)
+    walk.blocks.push_back({&layers[l], static_cast<int32_t>(l),
+                           state.parts.cache->layer(static_cast<int64_t>(l))});
+  walk.prologue = [step](Workers& workers) { step->prologue(workers); };
+  walk.epilogue = [step](Workers& workers) { step->epilogue(workers); };
+  const bool capture = std::any_of(step->capture_for.begin(), step->capture_for.end(),
+                                   [](auto* s) { return s != nullptr; });
+  if (capture)
+    walk.tap = [step](size_t block) {
+      step->capture(static_cast<int64_t>(block), static_cast<const std::byte*>(step->x.data));
+    };
+  return walk;
+}
+
+void send_rows(AttentionState& state, Sequence& seq, RowsReady rows) {
+  seq.unacknowledged += static_cast<int64_t>(rows.bytes.size());
+  tell_gateway(state, seq.request, std::move(rows));
+}
+
+// What a sequence learned in this step. The reason to stop, if it has one.
+std::string settle(AttentionState& state, Step& step, size_t index) {
+  auto& mine = step.mine[index];
+  Sequence& seq = *mine.sequence;
+  const auto& plan = step.plan.sequences[index];
+  const auto drafts = std::move(seq.drafts);
+  seq.drafts.clear();
+  TokensReady news;
+  news.id = seq.request.id;
+  news.first_index = static_cast<int32_t>(static_cast<int64_t>(seq.tokens.size()) - seq.prompt_length);
+  RowsReady raw;
+  raw.id = seq.request.id;
+  raw.name = "logits";
+  raw.num_cols = state.context->config.vocab_size;
+  raw.first_row = seq.request.spec.max_tokens == 0 ? plan.first_position : news.first_index;
+  std::string reason;
+  size_t checked = 0;
+  for (auto& row : step.wanted) {
+    if (row.sequence != index)
+      continue;
+    if (row.target >= 0)
+      news.prompt_logprobs.push_back(row.logprob);
+    if (row.sample && reason.empty()) {
+      // Row j > 0 counts only if the draft it saw is the token that row j-1 sampled.
+      if (checked > 0) {
+        if (drafts[checked - 1] != seq.tokens.back())
+          break;
+        ++seq.accepted;
+      }
+      ++checked;
+      news.tokens.push_back(row.sampled.token);
+      news.logprobs.push_back(row.sampled.logprob);
+      reason = append_token(state, seq, row.sampled.token);
+    } else if (row.sample) {
+      continue;
+    }
+    if (row.keep) {
+      raw.bytes.insert(raw.bytes.end(), row.raw.begin(), row.raw.end());
+      ++raw.num_rows;
+    }
+  }
+  seq.computed = plan.first_position + static_cast<int64_t>(plan.tokens.size()) -
+                 static_cast<int64_t>(drafts.size()) +
+                 (checked > 0 ? static_cast<int64_t>(checked) - 1 : 0);
+  if (seq.request.spec.max_tokens == 0 && seq.computed >= seq.prompt_length)
+    reason = "length";
+  news.prompt_done = static_cast<int32_t>(std::min(seq.computed, seq.prompt_length));
+  tell_gateway(state, seq.request, std::move(news));
+  if (raw.num_rows > 0)
+    send_rows(state, seq, std::move(raw));
+  return reason;
+}
+
+// Hands the step's confirmed rows to the MTP actor; true when drafts will come.
+bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
+  if (!state.parts.mtp_cache)
+    return false;
+  DraftWork work;
+  work.step = step->plan.id;
+  work.hidden = step->hidden;
+  if (!leads(state)) {
+    state.context->postman->tell(state.context->self, Route::mtp, std::move(work));
+    return false;
+  }
+  work.plan.step = step->plan.id;
+  for (size_t i = 0; i < step->mine.size(); ++i) {
+    Sequence* seq = step->mine[i].sequence;
+    if (seq == nullptr || seq->request.spec.speculate == 0)
+      continue;
+    const auto& plan = step->plan.sequences[i];
+    const auto known = static_cast<int64_t>(seq->tokens.size());
+    const int64_t left = seq->prompt_length + seq->request.spec.max_tokens - known;
+    const int64_t room = state.context->limits.max_context - known;
+    DraftSequence draft;
+    draft.request = seq->request.id;
+    draft.first_row = static_cast<int32_t>(step->mine[i].row_begin);
+    draft.first_position = plan.first_position;
+    draft.num_rows = static_cast<int32_t>(seq->computed) - plan.first_position;
+    draft.prompt_length = plan.prompt_length;
+    draft.pages = plan.pages;
+    if (seq->computed >= seq->prompt_length)
+      draft.depth = static_cast<int32_t>(
+        std::clamp<int64_t>(std::min(left, room) - 1, 0, seq->request.spec.speculate));
+    const auto from = seq->tokens.begin() + plan.first_position + 1;
+    const auto count = std::min<int64_t>(
+      known - plan.first_position - 1, draft.num_rows + state.context->limits.max_speculate);
+    draft.next_tokens.assign(from, from + count);
+    work.plan.num_modules = std::max(work.plan.num_modules, seq->request.spec.speculate);
+    work.plan.sequences.push_back(std::move(draft));
+    work.sampling.push_back({seq->request.spec.sampling, seq->counts});
+  }
+  for (int32_t r = 1; r < state.context->tp(); ++r)
+    state.context->postman->tell(state.context->sibling(r), Route::mtp, work.plan);
+  if (work.plan.sequences.empty())
+    return false;
+  state.drafted_step = work.step;
+  state.context->postman->tell(state.context->self, Route::mtp, std::move(work));
+  return true;
+}
+
+void step_ended(Self self, const caf::error& error) {
+  auto& state = self->state;
+  const auto step = std::move(state.step);
+  state.step = nullptr;
+  if (error) {
+    // Siblings can't be brought back to a common state from here: the rank says so and the run
+    // ends with this cause.
+    state.context->postman->tell(state.context->self, Route::supervisor,
+                                 PeerLost{state.context->self, error});
+    for (auto& mine : step->mine)
+      retire(state, mine.sequence, "error", error);
+    return;
+  }
+  for (auto& rows : step->captured)
+    for (auto& mine : step->mine)
+      if (mine.sequence && mine.sequence->request.id == rows.id) {
+        send_rows(state, *mine.sequence, std::move(rows));
+        break;
+      }
+  for (size_t i = 0; i < step->mine.size(); ++i) {
+    Sequence* seq = step->mine[i].sequence;
+    auto reason = settle(state, *step, i);
+    if (seq->cancelled)
+      reason = "cancelled";
+    if (reason.empty())
+      continue;
+    retire(state, seq, reason);
+    step->mine[i].sequence = nullptr;
+  }
+  state.drafting = start_drafting(state, step);
+  continue_work(self);
+}
+
+void start_walk(Self self, std::shared_ptr<Step> step) {
+  auto& state = self->state;
+  step->context = state.context;
+  step->parts = state.parts;
+  step->trunk = state.trunk;
+  step->x = state.runner->x();
+  if (step->capture_for.empty())
+    step->capture_for.resize(step->plan.sequences.size(), nullptr);
+  auto walk = make_walk(state, step);
+  const auto bytes = static_cast<size_t>(walk.rows.num_rows * state.context->config.hidden_size *
+                                         size_of(state.context->arithmetic.activations));
+  state.step = step;
+  auto hidden = state.context->fabric->pool().acquire(bytes);
+  if (!hidden) {
+    step_ended(self, hidden.error());
+    return;
+  }
+  step->hidden = std::move(*hidden);
+  if (leads(state))
+    for (int32_t r = 1; r < state.context->tp(); ++r)
+      state.context->postman->tell(state.context->sibling(r), Route::attention, step->plan);
+  state.runner->start(std::move(walk), [self](const caf::error& error) { step_ended(self, error); });
+}
+
+// Starts the next step if none is under way.
+void continue_work(Self self) {
+  auto& state = self->state;
+  if (state.step || state.drafting)
+    return;
+  if (!leads(state)) {
+    if (state.plans.empty())
+      return;
+    auto step = std::make_shared<Step>();
+    step->plan = std::move(state.plans.front());
+    state.plans.pop_front();
+    start_walk(self, std::move(step));
+    return;
+  }
+  admit(state);
+  if (auto step = plan_step(state))
+    start_walk(self, std::move(step));
+}
+
+void take_drafts(Self self, const Drafts& drafts) {
+  auto& state = self->state;
+  state.drafting = false;
+  for (const auto& [request, tokens] : drafts.tokens)
+    for (auto& seq : state.active)
+      if (seq->request.id == request) {
+        seq->drafts = tokens;
+        seq->drafted += static_cast<int64_t>(tokens.size());
+      }
+  continue_work(self);
+}
+
+void cancel(Self self, RequestId id) {
+  auto& state = self->state;
+  for (auto it = state.queue.begin(); it != state.queue.end(); ++it)
+    if (it->id == id) {
+      refuse(state, *it, Errc::cancelled, "cancelled by the client");
+      state.queue.erase(it);
+      return;
+    }
+  for (auto& seq : state.active) {
+    if (seq->request.id != id)
+      continue;
+    seq->cancelled = true; // at the end of its step, if it is in one
+    const bool in_step =
+      state.step && std::any_of(state.step->mine.begin(), state.step->mine.end(),
+                                [&](const auto& m) { return m.sequence == seq.get(); });
+    if (!in_step && !state.drafting)
+      retire(state, seq.get(), "cancelled");
+    return;
+  }
+}
+
+// A cancelled request that sat out a step or a draft.
+void retire_cancelled(AttentionState& state) {
+  if (state.step || state.drafting)
+    return;
+  for (size_t i = 0; i < state.active.size();)
+    if (state.active[i]->cancelled)
+      retire(state, state.active[i].get(), "cancelled");
+    else
+      ++i;
+}
+
+} // namespace
+
+Attention::behavior_type attention(Self self, const RankContext* context, TrunkParts parts,
+                                   std::shared_ptr<Trunk> trunk) {
+  auto& state = self->state;
+  state.context = context;
+  state.parts = std::move(parts);
+  state.trunk = std::move(trunk);
+  state.runner =
+    std::make_unique<BlockRunner>(*context, state.trunk, Route::attention, self->address());
+  for (int64_t p = state.parts.cache->num_pages(); p > 0; --p)
+    state.free_pages.push_back(static_cast<int32_t>(p - 1));
+  return {
+    [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
+    [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
+    [=](RunRequest& request) {
+      auto& s = self->state;
+      const auto [code, why] = check(s, request.spec);
+      if (code != Errc::none)
+        return refuse(s, request, code, why);
+      if (static_cast<int64_t>(s.queue.size()) >= s.context->limits.max_queue)
+        return refuse(s, request, Errc::overloaded, "too many requests are waiting");
+      s.queue.push_back(std::move(request));
+      continue_work(self);
+    },
+    [=](StepPlan& plan) {
+      self->state.plans.push_back(std::move(plan));
+      continue_work(self);
+    },
+    [=](const Drafts& drafts) {
+      take_drafts(self, drafts);
+      retire_cancelled(self->state);
+    },
+    [=](const RowsTaken& taken) {
+      for (auto& seq : self->state.active)
+        if (seq->request.id == taken.id)
+          seq->unacknowledged -= taken.bytes;
+      continue_work(self);
+    },
+    [=](const CancelRequest& request) {
+      cancel(self, request.id);
+      retire_cancelled(self->state);
+      continue_work(self);
+    },
+  };
+}
+
+} // namespace troupe

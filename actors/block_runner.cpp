@@ -1,0 +1,610 @@
+#include "actors/block_runner.hpp"
+
+#include <caf/actor_cast.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace troupe {
+
+namespace {
+
+enum class Stage : uint8_t {
+  attention,        // a block's first job
+  finish_attention, // siblings' partials of o_proj are in
+  finish_ffn,       // siblings' partials of a dense FFN are in
+  shared,           // dispatches are away
+  combine,          // answers (and partials of the shared experts) are in
+  gather,           // siblings' combined rows are in
+};
+
+// What the last job left for the actor to do.
+enum class Need : uint8_t { nothing, partials, dispatch, shared_done, gathered, finished };
+
+// Exchanges between siblings, in `attempt` of the header.
+constexpr uint32_t kAttentionPartial = 0, kFfnPartial = 1, kGathered = 2;
+
+struct Answer {
+  DispatchTable table;
+  BufferRef dispatch; // what was sent
+  BufferRef rows;     // what came back
+};
+
+} // namespace
+
+size_t answer_row_bytes(DType combine, int64_t hidden) {
+  return row_bytes(combine == DType::bf16 ? RowFormat::bf16 : RowFormat::f32, hidden);
+}
+
+// Shared with the jobs in flight, so that memory outlives them whatever happens to the actor.
+struct BlockRunner::State {
+  State(const RankContext& c, std::shared_ptr<Trunk> t, Route r)
+      : context(c), trunk(std::move(t)), route(r) {
+    const auto rows = static_cast<size_t>(c.limits.max_rows());
+    const auto hidden = static_cast<size_t>(c.config.hidden_size);
+    const auto width = static_cast<size_t>(size_of(c.arithmetic.activations));
+    const auto top_k = static_cast<size_t>(std::max<int64_t>(c.config.num_experts_per_tok, 1));
+    x_memory.resize(rows * hidden * width);
+    u_memory.resize(rows * hidden * width);
+    shared_memory.resize(rows * hidden * width);
+    topk_idx.resize(rows * top_k);
+    topk_weight.resize(rows * top_k);
+    if (c.arithmetic.fp8_activations) {
+      codes.resize(rows * hidden);
+      scales.resize(rows * ((hidden + 127) / 128));
+    }
+  }
+
+  const RankContext& context;
+  std::shared_ptr<Trunk> trunk;
+  Route route;
+
+  std::vector<std::byte> x_memory, u_memory, shared_memory;
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> topk_idx;
+  std::vector<float> topk_weight;
+
+  bool busy = false;
+  uint64_t last_walk = 0; // id of the last one that ended
+  Walk walk;
+  std::function<void(const caf::error&)> done;
+  size_t block = 0;
+  Stage stage = Stage::attention;
+  Need need = Need::nothing;
+  caf::error error;
+  bool job_running = false;
+  BufferRef own_partial;               // F32 [rows, hidden], filled by a job
+  std::map<RankId, Answer> answers;    // by destination
+  size_t answers_missing = 0;
+  Nanoseconds sent_at{0};
+  // Siblings' messages, possibly ahead of us by one exchange: (walk, layer, exchange, source).
+  std::map<std::tuple<uint64_t, uint32_t, uint32_t, RankId>, BufferRef> from_siblings;
+
+  [[nodiscard]] int tp() const { return context.tp(); }
+  [[nodiscard]] int tp_rank() const { return context.me().tp_rank; }
+  [[nodiscard]] int64_t num_rows() const { return walk.rows.num_rows; }
+  [[nodiscard]] int64_t hidden() const { return context.config.hidden_size; }
+  [[nodiscard]] DType a() const { return context.arithmetic.activations; }
+  [[nodiscard]] const WalkBlock& now() const { return walk.blocks[block]; }
+  [[nodiscard]] MutableRows rows_of(std::vector<std::byte>& memory) const {
+    return {memory.data(), a(), hidden()};
+  }
+  [[nodiscard]] MutableRows x() { return rows_of(x_memory); }
+  [[nodiscard]] Rows u() { return {u_memory.data(), a(), hidden()}; }
+  [[nodiscard]] QuantizedRows uq() const {
+    if (codes.empty())
+      return {};
+    return {codes.data(), scales.data(), hidden(), (hidden() + 127) / 128};
+  }
+  // This rank's share of the rows to dispatch and combine.
+  [[nodiscard]] int32_t share_begin(int rank) const {
+    return static_cast<int32_t>(num_rows() * rank / tp());
+  }
+  [[nodiscard]] RowFormat dispatch_format() const {
+    if (context.arithmetic.fp8_activations)
+      return RowFormat::fp8;
+    return a() == DType::bf16 ? RowFormat::bf16 : RowFormat::f32;
+  }
+
+  // ---- jobs; run on the compute stream ----
+  void run_stage(Workers& workers);
+  void walk_on(Workers& workers);
+  bool begin_block(Workers& workers);
+  bool ffn(Workers& workers);
+  void run_gate(Workers& workers);
+  void fill_dispatches(Workers& workers);
+  void fill_rows(const DispatchTable& table, BufferRef& payload);
+  void run_shared(Workers& workers);
+  void run_combine(Workers& workers);
+  void take_gathered();
+  void next_block(Workers& workers);
+  float* new_partial();
+  std::vector<const float*> partials(uint32_t exchange);
+  void drop_partials(uint32_t exchange);
+  [[nodiscard]] bool have_all(uint32_t exchange) const;
+  bool fail(const caf::error& why) {
+    error = why;
+    need = Need::finished;
+    return false;
+  }
+};
+
+// ---- jobs -------------------------------------------------------------------------------------
+
+void BlockRunner::State::run_stage(Workers& workers) {
+  need = Need::nothing;
+  switch (stage) {
+  case Stage::attention:
+    walk_on(workers);
+    return;
+  case Stage::finish_attention:
+    trunk->finish_attention(num_rows(), partials(kAttentionPartial), x(), workers);
+    drop_partials(kAttentionPartial);
+    if (ffn(workers))
+      next_block(workers);
+    return;
+  case Stage::finish_ffn:
+    trunk->finish_attention(num_rows(), partials(kFfnPartial), x(), workers);
+    drop_partials(kFfnPartial);
+    next_block(workers);
+    return;
+  case Stage::shared:
+    run_shared(workers);
+    return;
+  case Stage::combine:
+    run_combine(workers);
+    return;
+  case Stage::gather:
+    take_gathered();
+    next_block(workers);
+    return;
+  }
+}
+
+// Runs blocks from the present one until somebody else is needed.
+void BlockRunner::State::walk_on(Workers& workers) {
+  if (block == 0 && walk.prologue)
+    walk.prologue(workers);
+  while (block < walk.blocks.size()) {
+    if (!begin_block(workers))
+      return;
+    ++block;
+  }
+  if (walk.epilogue)
+    walk.epilogue(workers);
+  need = Need::finished;
+}
+
+// One block as far as it goes alone; true when it is done.
+bool BlockRunner::State::begin_block(Workers& workers) {
+  if (walk.tap)
+    walk.tap(block);
+  float* partial = nullptr;
+  if (tp() > 1 && (partial = new_partial()) == nullptr)
+    return false;
+  trunk->attention(*now().weights, now().cache, walk.rows, x(), partial, workers);
+  if (tp() > 1) {
+    stage = Stage::finish_attention;
+    need = Need::partials;
+    return false;
+  }
+  return ffn(workers);
+}
+
+bool BlockRunner::State::ffn(Workers& workers) {
+  const auto& weights = *now().weights;
+  if (weights.moe) {
+    run_gate(workers);
+    return false;
+  }
+  const bool cut = tp() > 1 && weights.ffn_is_cut;
+  float* partial = nullptr;
+  if (cut && (partial = new_partial()) == nullptr)
+    return false;
+  trunk->dense_ffn(weights, num_rows(), x(), partial, workers);
+  if (!cut)
+    return true;
+  stage = Stage::finish_ffn;
+  need = Need::partials;
+  return false;
+}
+
+void BlockRunner::State::next_block(Workers& workers) {
+  ++block;
+  stage = Stage::attention;
+  walk_on(workers);
+}
+
+void BlockRunner::State::run_gate(Workers& workers) {
+  Trunk::GateOut out;
+  out.u = rows_of(u_memory);
+  out.codes = codes.empty() ? nullptr : codes.data();
+  out.scales = scales.empty() ? nullptr : scales.data();
+  out.topk_idx = topk_idx.data();
+  out.topk_weight = topk_weight.data();
+  const Rows input{x_memory.data(), a(), hidden()};
+  trunk->gate(*now().weights, num_rows(), input, out, workers);
+  fill_dispatches(workers);
+}
+
+void BlockRunner::State::fill_dispatches(Workers& workers) {
+  const auto& config = context.config;
+  const auto top_k = static_cast<int32_t>(config.num_experts_per_tok);
+  const auto count = static_cast<size_t>(num_rows()) * static_cast<size_t>(top_k);
+  const GateChoice choice{std::span{topk_idx}.first(count), std::span{topk_weight}.first(count),
+                          top_k, static_cast<int32_t>(config.experts_per_group())};
+  auto tables =
+    plan_dispatch(*context.view, context.view->layer(now().layer), context.self, choice,
+                  share_begin(tp_rank()), share_begin(tp_rank() + 1));
+  if (!tables) {
+    fail(tables.error());
+    return;
+  }
+  answers.clear();
+  for (auto& table : *tables) {
+    const DispatchHead head{static_cast<uint32_t>(table.rows.size()),
+                            static_cast<uint32_t>(table.entries.size()),
+                            static_cast<uint32_t>(row_bytes(dispatch_format(), hidden())), 0};
+    auto payload = context.fabric->pool().acquire(dispatch_layout(head).total_bytes);
+    if (!payload) {
+      fail(payload.error());
+      return;
+    }
+    write_table((*payload)->bytes(), table, dispatch_format(), hidden());
+    const auto to = table.destination;
+    answers.emplace(to, Answer{std::move(table), std::move(*payload), {}});
+  }
+  std::vector<Answer*> list;
+  for (auto& [to, answer] : answers)
+    list.push_back(&answer);
+  workers.parallel_for(static_cast<int64_t>(list.size()), 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      fill_rows(list[static_cast<size_t>(i)]->table, list[static_cast<size_t>(i)]->dispatch);
+  });
+  stage = Stage::shared;
+  need = Need::dispatch;
+}
+
+void BlockRunner::State::fill_rows(const DispatchTable& table, BufferRef& payload) {
+  const auto stride = row_bytes(dispatch_format(), hidden());
+  std::byte* to = payload->data() + (payload->size() - table.rows.size() * stride);
+  const auto h = static_cast<size_t>(hidden());
+  for (const auto& row : table.rows) {
+    const auto r = static_cast<size_t>(row.row);
+    if (codes.empty()) {
+      const auto n = h * static_cast<size_t>(size_of(a()));
+      std::memcpy(to, u_memory.data() + r * n, n);
+    } else {
+      const size_t tiles = (h + 127) / 128;
+      std::memcpy(to, codes.data() + r * h, h);
+      std::memcpy(to + fp8_scales_offset(hidden()), scales.data() + r * tiles, tiles * 4);
+    }
+    to += stride;
+  }
+}
+
+void BlockRunner::State::run_shared(Workers& workers) {
+  const auto& weights = *now().weights;
+  if (weights.shared.gate.n > 0) {
+    const bool cut = tp() > 1 && weights.ffn_is_cut;
+    float* partial = nullptr;
+    if (cut && (partial = new_partial()) == nullptr)
+      return;
+    trunk->shared_ffn(weights, num_rows(), u(), uq(), rows_of(shared_memory), partial, workers);
+  }
+  stage = Stage::combine;
+  need = Need::shared_done;
+}
+
+void BlockRunner::State::run_combine(Workers& workers) {
+  const auto& weights = *now().weights;
+  const bool has_shared = weights.shared.gate.n > 0;
+  if (has_shared && tp() > 1 && weights.ffn_is_cut) {
+    trunk->finish_shared(num_rows(), partials(kFfnPartial), rows_of(shared_memory), workers);
+    drop_partials(kFfnPartial);
+  }
+  const int32_t begin = share_begin(tp_rank()), end = share_begin(tp_rank() + 1);
+  const auto stride = answer_row_bytes(a(), hidden());
+
+  // Collect every row's terms, by group and then by top-k place.
+  struct Keyed {
+    int32_t row, group, place;
+    CombineTerm term;
+  };
+  std::vector<Keyed> keyed;
+  for (const auto& [to, answer] : answers) {
+    const std::byte* data = answer.rows ? answer.rows->data() : nullptr;
+    for (const auto& a_row : answer_rows(answer.table.rows, answer.table.entries)) {
+      const auto& entry = answer.table.entries[static_cast<size_t>(a_row.first_entry)];
+      keyed.push_back({answer.table.rows[static_cast<size_t>(a_row.row)].row, entry.group,
+                       entry.place, CombineTerm{data, entry.weight, entry.group, a_row.complete}});
+      data += stride;
+    }
+  }
+  std::sort(keyed.begin(), keyed.end(), [](const Keyed& l, const Keyed& r) {
+    return std::tie(l.row, l.group, l.place) < std::tie(r.row, r.group, r.place);
+  });
+  std::vector<CombineTerm> terms;
+  std::vector<int32_t> row_terms{0};
+  terms.reserve(keyed.size());
+  size_t next = 0;
+  for (int32_t row = begin; row < end; ++row) {
+    for (; next < keyed.size() && keyed[next].row == row; ++next)
+      terms.push_back(keyed[next].term);
+    row_terms.push_back(static_cast<int32_t>(terms.size()));
+  }
+  const auto offset = static_cast<size_t>(begin) * static_cast<size_t>(hidden()) *
+                      static_cast<size_t>(size_of(a()));
+  CombineArgs args;
+  args.num_rows = end - begin;
+  args.hidden = hidden();
+  args.dtype = a();
+  args.terms = terms;
+  args.row_terms = row_terms;
+  if (has_shared)
+    args.shared = Rows{shared_memory.data() + offset, a(), hidden()};
+  args.x = MutableRows{x_memory.data() + offset, a(), hidden()};
+  combine(args, workers);
+  answers.clear();
+  if (tp() == 1) {
+    next_block(workers);
+    return;
+  }
+  const auto bytes = static_cast<size_t>(end - begin) * static_cast<size_t>(hidden()) *
+                     static_cast<size_t>(size_of(a()));
+  auto buffer = context.fabric->pool().acquire(bytes);
+  if (!buffer) {
+    fail(buffer.error());
+    return;
+  }
+  std::memcpy((*buffer)->data(), x_memory.data() + offset, bytes);
+  own_partial = std::move(*buffer);
+  stage = Stage::gather;
+  need = Need::gathered;
+}
+
+void BlockRunner::State::take_gathered() {
+  const auto row = static_cast<size_t>(hidden()) * static_cast<size_t>(size_of(a()));
+  for (int r = 0; r < tp(); ++r) {
+    if (r == tp_rank())
+      continue;
+    const auto& buffer = from_siblings.at({walk.id, static_cast<uint32_t>(now().layer), kGathered,
+                                           context.sibling(r)});
+    const auto first = static_cast<size_t>(share_begin(r));
+    const auto count = static_cast<size_t>(share_begin(r + 1)) - first;
+    if (buffer)
+      std::memcpy(x_memory.data() + first * row, buffer->data(), std::min(count * row, buffer->size()));
+  }
+  drop_partials(kGathered);
+  own_partial = {};
+}
+
+// Memory for this rank's FP32 partial; nullptr (and the walk failed) when the pool has no room.
+float* BlockRunner::State::new_partial() {
+  const auto bytes =
+    static_cast<size_t>(num_rows()) * static_cast<size_t>(hidden()) * sizeof(float);
+  auto buffer = context.fabric->pool().acquire(bytes);
+  if (!buffer) {
+    fail(buffer.error());
+    return nullptr;
+  }
+  own_partial = std::move(*buffer);
+  return reinterpret_cast<float*>(own_partial->data());
+}
+
+std::vector<const float*> BlockRunner::State::partials(uint32_t exchange) {
+  std::vector<const float*> list;
+  for (int r = 0; r < tp(); ++r) {
+    const auto& buffer =
+      r == tp_rank() ? own_partial
+                     : from_siblings.at({walk.id, static_cast<uint32_t>(now().layer), exchange,
+                                         context.sibling(r)});
+    list.push_back(reinterpret_cast<const float*>(buffer->data()));
+  }
+  return list;
+}
+
+void BlockRunner::State::drop_partials(uint32_t exchange) {
+  for (int r = 0; r < tp(); ++r)
+    from_siblings.erase(
+      {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)});
+  own_partial = {};
+}
+
+bool BlockRunner::State::have_all(uint32_t exchange) const {
+  for (int r = 0; r < tp(); ++r)
+    if (r != tp_rank() &&
+        !from_siblings.contains(
+          {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)}))
+      return false;
+  return true;
+}
+
+// ---- the actor's side -------------------------------------------------------------------------
+
+BlockRunner::BlockRunner(const RankContext& context, std::shared_ptr<Trunk> trunk, Route route,
+                         caf::actor_addr self)
+    : state_(std::make_shared<State>(context, std::move(trunk), route)), self_(std::move(self)) {}
+
+BlockRunner::~BlockRunner() = default;
+
+bool BlockRunner::busy() const { return state_->busy; }
+
+MutableRows BlockRunner::x() const { return state_->x(); }
+
+void BlockRunner::run_job(const char* name, Job job, std::function<void()> done) {
+  const uint64_t ticket = next_ticket_++;
+  jobs_.emplace(ticket, std::move(done));
+  auto* trace = state_->context.trace;
+  const int64_t layer =
+    state_->busy && state_->block < state_->walk.blocks.size() ? state_->now().layer : -1;
+  state_->context.stream->start(
+    name, std::move(job),
+    [handle = caf::actor_cast<caf::actor>(self_), ticket, trace, name,
+     layer](const JobTiming& timing) {
+      if (trace)
+        trace->add({name, "compute", timing.started, timing.finished, layer});
+      caf::anon_send(handle, JobDone{ticket});
+    });
+}
+
+void BlockRunner::on_job_done(uint64_t ticket) {
+  const auto job = jobs_.find(ticket);
+  if (job == jobs_.end())
+    return;
+  const auto done = std::move(job->second);
+  jobs_.erase(job);
+  done();
+}
+
+void BlockRunner::start(Walk walk, std::function<void(const caf::error&)> done) {
+  auto& s = *state_;
+  s.busy = true;
+  s.walk = std::move(walk);
+  s.done = std::move(done);
+  s.block = 0;
+  s.stage = Stage::attention;
+  s.error = {};
+  start_stage_job();
+}
+
+void BlockRunner::start_stage_job() {
+  auto& s = *state_;
+  s.job_running = true;
+  const char* name = s.stage == Stage::shared ? "shared experts" : "trunk";
+  run_job(
+    name, [state = state_](Workers& workers) { state->run_stage(workers); },
+    [this] { after_stage_job(); });
+}
+
+void BlockRunner::after_stage_job() {
+  auto& s = *state_;
+  s.job_running = false;
+  switch (s.need) {
+  case Need::finished:
+    finish(s.error);
+    return;
+  case Need::partials:
+    send_partials(s.own_partial,
+                  s.stage == Stage::finish_attention ? kAttentionPartial : kFfnPartial);
+    break;
+  case Need::dispatch:
+    send_dispatches();
+    start_stage_job(); // the shared experts, while the dispatches are away
+    return;
+  case Need::shared_done:
+    if (s.own_partial)
+      send_partials(s.own_partial, kFfnPartial);
+    break;
+  case Need::gathered:
+    send_partials(s.own_partial, kGathered);
+    break;
+  case Need::nothing:
+    break;
+  }
+  maybe_continue();
+}
+
+void BlockRunner::send_partials(const BufferRef& own, uint32_t exchange) {
+  auto& s = *state_;
+  for (int r = 0; r < s.tp(); ++r) {
+    if (r == s.tp_rank())
+      continue;
+    WireHeader header;
+    header.kind = exchange == kGathered ? WireKind::gathered : WireKind::partial;
+    header.step = s.walk.id;
+    header.layer = static_cast<uint32_t>(s.now().layer);
+    header.attempt = exchange;
+    s.context.postman->post(s.context.sibling(r), s.route, header, own);
+  }
+}
+
+void BlockRunner::send_dispatches() {
+  auto& s = *state_;
+  s.answers_missing = s.answers.size();
+  s.sent_at = s.context.clock->now();
+  for (auto& [to, answer] : s.answers) {
+    WireHeader header;
+    header.kind = s.context.view->two_hop ? WireKind::forward : WireKind::dispatch;
+    header.step = s.walk.id;
+    header.layer = static_cast<uint32_t>(s.now().layer);
+    s.context.postman->post(to, s.route, header, answer.dispatch);
+  }
+}
+
+// The rows of an answer must be as many as its dispatch calls for; a duplicate or a stranger's
+// answer is dropped, not added.
+void BlockRunner::on_envelope(Envelope envelope) {
+  auto& s = *state_;
+  const auto& h = envelope.header;
+  if (h.kind == WireKind::partial || h.kind == WireKind::gathered) {
+    if (h.step <= s.last_walk)
+      return; // a duplicate of an exchange that is over
+    s.from_siblings.insert_or_assign({h.step, h.layer, h.attempt, h.source},
+                                     std::move(envelope.payload));
+    maybe_continue();
+    return;
+  }
+  if (h.kind != WireKind::combine || !s.busy || h.step != s.walk.id ||
+      s.block >= s.walk.blocks.size() || static_cast<int32_t>(h.layer) != s.now().layer)
+    return;
+  const auto answer = s.answers.find(h.source);
+  if (answer == s.answers.end() || answer->second.rows)
+    return;
+  const auto expected = answer_rows(answer->second.table.rows, answer->second.table.entries).size() *
+                        answer_row_bytes(s.a(), s.hidden());
+  if (!envelope.payload || envelope.payload->size() != expected) {
+    if (!s.error)
+      s.error = make_error(Errc::malformed,
+                           fmt::format("combine from rank {} has {} bytes, expected {}",
+                                       h.source.value, h.payload_bytes, expected));
+  }
+  answer->second.rows = std::move(envelope.payload);
+  --s.answers_missing;
+  if (s.answers_missing == 0 && s.context.trace)
+    s.context.trace->add(
+      {"dispatch to combine", "wire", s.sent_at, s.context.clock->now(), s.now().layer});
+  maybe_continue();
+}
+
+void BlockRunner::maybe_continue() {
+  auto& s = *state_;
+  if (!s.busy || s.job_running)
+    return;
+  if (s.error) {
+    finish(s.error);
+    return;
+  }
+  const bool cut_shared =
+    s.tp() > 1 && s.now().weights->ffn_is_cut && s.now().weights->shared.gate.n > 0;
+  bool ready = false;
+  switch (s.stage) {
+  case Stage::finish_attention: ready = s.have_all(kAttentionPartial); break;
+  case Stage::finish_ffn: ready = s.have_all(kFfnPartial); break;
+  case Stage::combine:
+    ready = s.answers_missing == 0 && (!cut_shared || s.have_all(kFfnPartial));
+    break;
+  case Stage::gather: ready = s.have_all(kGathered); break;
+  case Stage::attention:
+  case Stage::shared: break;
+  }
+  if (ready)
+    start_stage_job();
+}
+
+void BlockRunner::finish(const caf::error& error) {
+  auto& s = *state_;
+  s.busy = false;
+  s.last_walk = s.walk.id;
+  s.answers.clear();
+  s.walk = {};
+  const auto done = std::move(s.done);
+  s.done = nullptr;
+  done(error);
+}
+
+} // namespace troupe

@@ -1,0 +1,103 @@
+#include "actors/postman.hpp"
+
+#include <caf/binary_deserializer.hpp>
+#include <caf/binary_serializer.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <cstring>
+
+namespace troupe {
+
+void Postman::clear_routes() {
+  for (auto& actor : routes_)
+    actor = nullptr;
+}
+
+void Postman::report(RankId peer, const caf::error& why) {
+  if (const auto& supervisor = route(Route::supervisor))
+    caf::anon_send(supervisor, PeerLost{peer, why});
+}
+
+void Postman::post(RankId to, Route route_to, WireHeader header, BufferRef payload) {
+  header.flags = static_cast<uint16_t>(route_to);
+  if (to == self_) {
+    header.source = self_;
+    header.destination = self_;
+    header.payload_bytes = payload ? payload->size() : 0;
+    on_message(Envelope{header, std::move(payload)});
+    return;
+  }
+  if (auto error = fabric_->send(to, header, std::move(payload)))
+    report(to, error);
+}
+
+void Postman::send_control(RankId to, Route route_to, caf::message message) {
+  if (to == self_) {
+    if (const auto& target = route(route_to))
+      caf::anon_send(target, std::move(message));
+    return;
+  }
+  std::vector<char> bytes;
+  caf::binary_serializer sink{system_, bytes};
+  if (auto error = sink(message)) {
+    report(to, with_context("control message", error));
+    return;
+  }
+  auto buffer = fabric_->pool().acquire(bytes.size());
+  if (!buffer) {
+    report(to, buffer.error());
+    return;
+  }
+  std::memcpy((*buffer)->data(), bytes.data(), bytes.size());
+  WireHeader header;
+  header.kind = WireKind::control;
+  post(to, route_to, header, std::move(*buffer));
+}
+
+void Postman::deliver_control(const Envelope& envelope, const caf::actor& target) {
+  caf::message message;
+  if (envelope.payload) {
+    const auto bytes = envelope.payload->bytes();
+    caf::binary_deserializer source{system_, reinterpret_cast<const char*>(bytes.data()),
+                                    bytes.size()};
+    if (auto error = source(message)) {
+      on_refused(make_error(Errc::malformed, fmt::format("control message from rank {}",
+                                                         envelope.header.source.value)));
+      return;
+    }
+  }
+  caf::anon_send(target, std::move(message));
+}
+
+void Postman::on_message(Envelope message) {
+  Route to = static_cast<Route>(message.header.flags);
+  if (message.header.kind == WireKind::dispatch)
+    to = Route::expert_shard;
+  else if (message.header.kind == WireKind::forward)
+    to = Route::forwarder;
+  if (static_cast<size_t>(to) >= kNumRoutes || !route(to)) {
+    on_refused(make_error(Errc::malformed, fmt::format("message from rank {} for nobody",
+                                                       message.header.source.value)));
+    return;
+  }
+  if (message.header.kind == WireKind::control)
+    deliver_control(message, route(to));
+  else
+    caf::anon_send(route(to), std::move(message));
+}
+
+void Postman::on_peer_lost(RankId peer, const caf::error& why) { report(peer, why); }
+
+void Postman::on_peer_left(RankId peer) {
+  if (const auto& supervisor = route(Route::supervisor))
+    caf::anon_send(supervisor, PeerLeft{peer});
+}
+
+void Postman::on_refused(const caf::error& why) {
+  // A stranger's message harms nobody here; the fabric counts it and has logged it.
+  static_cast<void>(why);
+}
+
+} // namespace troupe

@@ -1,0 +1,61 @@
+// Takes messages from the fabric to the actors of a rank, and theirs to other ranks.
+//
+// A message to this rank itself never touches the fabric. Routes are set before the fabric starts
+// and never change; after that every function is callable from any thread.
+#pragma once
+
+#include "actors/messages.hpp"
+#include "transport/fabric.hpp"
+
+#include <caf/actor.hpp>
+#include <caf/actor_system.hpp>
+#include <caf/message.hpp>
+
+#include <array>
+#include <cstdint>
+
+namespace troupe {
+
+// Who inside a rank. Travels in the wire header's flags: of a dispatch or forward it names who
+// gets the answer, of everything else who gets the message.
+enum class Route : uint16_t { supervisor, gateway, attention, mtp, expert_shard, forwarder };
+inline constexpr size_t kNumRoutes = 6;
+
+class Postman final : public FabricSink {
+ public:
+  Postman(caf::actor_system& system, RankId self) : system_(system), self_(self) {}
+  void set_route(Route route, caf::actor actor) {
+    routes_[static_cast<size_t>(route)] = std::move(actor);
+  }
+  // Drops the handles at the end, so that the actors can go.
+  void clear_routes();
+  void set_fabric(Fabric* fabric) { fabric_ = fabric; }
+  [[nodiscard]] const caf::actor& route(Route r) const { return routes_[static_cast<size_t>(r)]; }
+
+  // Sends an envelope; kind, step, layer, attempt and aux are the caller's. A refusal is reported
+  // to the supervisor, which decides.
+  void post(RankId to, Route route, WireHeader header, BufferRef payload);
+
+  // Sends a CAF message to an actor of any rank; to a remote one as a `control` envelope.
+  template <class T>
+  void tell(RankId to, Route route, T&& message) {
+    send_control(to, route, caf::make_message(std::forward<T>(message)));
+  }
+
+  void on_message(Envelope message) override;
+  void on_peer_lost(RankId peer, const caf::error& why) override;
+  void on_peer_left(RankId peer) override;
+  void on_refused(const caf::error& why) override;
+
+ private:
+  void send_control(RankId to, Route route, caf::message message);
+  void deliver_control(const Envelope& envelope, const caf::actor& target);
+  void report(RankId peer, const caf::error& why);
+
+  caf::actor_system& system_;
+  RankId self_;
+  Fabric* fabric_ = nullptr;
+  std::array<caf::actor, kNumRoutes> routes_;
+};
+
+} // namespace troupe
