@@ -5,6 +5,11 @@
 // dtype Troupe reads (F32, BF16, F16, F8_E4M3 with a companion `_scale_inv`). Unknown extra
 // tensors are an error that names the first one, except for those the specification lists as
 // ignorable (rotary `inv_freq`, MTP layers when the config has none).
+//
+// MTP layers may be absent, all of them or those from some module on (transformers saves none), but
+// a module that is there is there completely, save for its copies of embedding and head
+// (`embed_tokens`, `shared_head.head`): `find` gives nullptr for an absent copy, and the main
+// model's tensor takes its place.
 // Thread-safe for reading.
 #pragma once
 
@@ -41,6 +46,8 @@ class Checkpoint {
 
   virtual ~Checkpoint() = default;
   [[nodiscard]] virtual const ModelConfig& config() const = 0;
+  // How many MTP modules the files hold: at most config().num_nextn_predict_layers.
+  [[nodiscard]] virtual int64_t num_mtp_layers() const = 0;
   // nullptr when absent.
   [[nodiscard]] virtual const TensorView* find(std::string_view name) const = 0;
   [[nodiscard]] virtual const std::vector<std::filesystem::path>& files() const = 0;
