@@ -182,7 +182,7 @@ void write_object(std::string& out, const json::object& object, size_t indent) {
   out += '{';
   const char* separator = "\n";
   for (const auto& [key, value] : object) {
-    out += separator + margin + json::serialize(json::value{key}) + ": ";
+    out += separator + margin + json::serialize(json::value(key)) + ": ";
     write_pretty(out, value, indent + 2);
     separator = ",\n";
   }

@@ -362,7 +362,7 @@ json::value quantization_json(const QuantizationConfig& quantization) {
 }
 
 // Zero stands for null where the published files write null.
-json::value or_null(int64_t x) { return x == 0 ? json::value{nullptr} : json::value{x}; }
+json::value or_null(int64_t x) { return x == 0 ? json::value(nullptr) : json::value(x); }
 
 std::string_view name_of(TopkMethod method) {
   switch (method) {
@@ -379,7 +379,7 @@ std::string_view name_of(TopkMethod method) {
 json::value eos_json(const std::vector<int64_t>& ids) {
   if (ids.empty())
     return nullptr;
-  return ids.size() == 1 ? json::value{ids.front()} : json::value_from(ids);
+  return ids.size() == 1 ? json::value(ids.front()) : json::value_from(ids);
 }
 
 } // namespace
@@ -466,7 +466,7 @@ std::string to_json(const ModelConfig& config) {
     object["torch_dtype"] = config.torch_dtype;
   if (config.quantization)
     object["quantization_config"] = quantization_json(*config.quantization);
-  object["bos_token_id"] = config.bos_token_id < 0 ? json::value{nullptr} : config.bos_token_id;
+  object["bos_token_id"] = config.bos_token_id < 0 ? json::value(nullptr) : config.bos_token_id;
   object["eos_token_id"] = eos_json(config.eos_token_ids);
   return pretty(object);
 }

@@ -118,6 +118,42 @@ std::vector<int64_t> scale_shape(const std::vector<int64_t>& weight,
           blocks(weight.at(1), quantization.block_cols)};
 }
 
+std::string_view name_of(WeightFormat format) {
+  switch (format) {
+  case WeightFormat::f32:
+    return "f32";
+  case WeightFormat::bf16:
+    return "bf16";
+  case WeightFormat::fp8:
+    return "fp8";
+  }
+  return "unknown";
+}
+
+std::optional<WeightFormat> weight_format_from_name(std::string_view name) {
+  for (const auto format : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::fp8})
+    if (name_of(format) == name)
+      return format;
+  return std::nullopt;
+}
+
+DType stored_dtype(TensorRole role, WeightFormat format) {
+  if (format == WeightFormat::f32 || role == TensorRole::router_bias)
+    return DType::f32;
+  return format == WeightFormat::fp8 && is_quantizable(role) ? DType::f8_e4m3 : DType::bf16;
+}
+
+int64_t stored_bytes(const TensorSpec& spec, WeightFormat format,
+                     const QuantizationConfig& quantization) {
+  const auto dtype = stored_dtype(spec.role, format);
+  int64_t bytes = spec.num_elements() * size_of(dtype);
+  if (dtype == DType::f8_e4m3) {
+    const auto blocks = scale_shape(spec.shape, quantization);
+    bytes += blocks[0] * blocks[1] * size_of(DType::f32);
+  }
+  return bytes;
+}
+
 ParameterCounts count_parameters(const ModelConfig& config) {
   ParameterCounts counts;
   int64_t idle_experts = 0; // routed experts that a token did not choose

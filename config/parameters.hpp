@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -55,6 +56,16 @@ void for_each_tensor(const ModelConfig& config, int64_t num_mtp_layers,
 // ⌈out / block_rows⌉ × ⌈in / block_cols⌉
 [[nodiscard]] std::vector<int64_t> scale_shape(const std::vector<int64_t>& weight,
                                                const QuantizationConfig& quantization);
+
+// How weights are stored: `fp8` is E4M3 with F32 scales where quantizable and BF16 elsewhere.
+enum class WeightFormat : uint8_t { f32, bf16, fp8 };
+[[nodiscard]] std::string_view name_of(WeightFormat format); // "f32", "bf16", "fp8"
+[[nodiscard]] std::optional<WeightFormat> weight_format_from_name(std::string_view name);
+// Selection biases are F32 in every format.
+[[nodiscard]] DType stored_dtype(TensorRole role, WeightFormat format);
+// Bytes of a tensor with its scales.
+[[nodiscard]] int64_t stored_bytes(const TensorSpec& spec, WeightFormat format,
+                                   const QuantizationConfig& quantization);
 
 struct ParameterCounts { // §12.10; selection biases counted, scales not
   int64_t total = 0;     // main model, without MTP layers
