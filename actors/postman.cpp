@@ -10,13 +10,24 @@
 
 namespace troupe {
 
+void Postman::set_route(Route r, caf::actor actor) {
+  const std::lock_guard lock{mutex_};
+  routes_[static_cast<size_t>(r)] = std::move(actor);
+}
+
+caf::actor Postman::route(Route r) const {
+  const std::lock_guard lock{mutex_};
+  return routes_[static_cast<size_t>(r)];
+}
+
 void Postman::clear_routes() {
-  for (auto& actor : routes_)
-    actor = nullptr;
+  std::array<caf::actor, kNumRoutes> dropped; // released outside the lock
+  const std::lock_guard lock{mutex_};
+  dropped.swap(routes_);
 }
 
 void Postman::report(RankId peer, const caf::error& why) {
-  if (const auto& supervisor = route(Route::supervisor))
+  if (const auto supervisor = route(Route::supervisor))
     caf::anon_send(supervisor, PeerLost{peer, why});
 }
 
@@ -35,7 +46,7 @@ void Postman::post(RankId to, Route route_to, WireHeader header, BufferRef paylo
 
 void Postman::send_control(RankId to, Route route_to, caf::message message) {
   if (to == self_) {
-    if (const auto& target = route(route_to))
+    if (const auto target = route(route_to))
       caf::anon_send(target, std::move(message));
     return;
   }
@@ -77,21 +88,22 @@ void Postman::on_message(Envelope message) {
     to = Route::expert_shard;
   else if (message.header.kind == WireKind::forward)
     to = Route::forwarder;
-  if (static_cast<size_t>(to) >= kNumRoutes || !route(to)) {
+  const auto target = static_cast<size_t>(to) < kNumRoutes ? route(to) : caf::actor{};
+  if (!target) {
     on_refused(make_error(Errc::malformed, fmt::format("message from rank {} for nobody",
                                                        message.header.source.value)));
     return;
   }
   if (message.header.kind == WireKind::control)
-    deliver_control(message, route(to));
+    deliver_control(message, target);
   else
-    caf::anon_send(route(to), std::move(message));
+    caf::anon_send(target, std::move(message));
 }
 
 void Postman::on_peer_lost(RankId peer, const caf::error& why) { report(peer, why); }
 
 void Postman::on_peer_left(RankId peer) {
-  if (const auto& supervisor = route(Route::supervisor))
+  if (const auto supervisor = route(Route::supervisor))
     caf::anon_send(supervisor, PeerLeft{peer});
 }
 

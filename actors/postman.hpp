@@ -1,7 +1,6 @@
 // Takes messages from the fabric to the actors of a rank, and theirs to other ranks.
 //
-// A message to this rank itself never touches the fabric. Routes are set before the fabric starts
-// and never change; after that every function is callable from any thread.
+// A message to this rank itself never touches the fabric. Callable from any thread.
 #pragma once
 
 #include "actors/messages.hpp"
@@ -13,24 +12,32 @@
 
 #include <array>
 #include <cstdint>
+#include <mutex>
 
 namespace troupe {
 
 // Who inside a rank. Travels in the wire header's flags: of a dispatch or forward it names who
 // gets the answer, of everything else who gets the message.
-enum class Route : uint16_t { supervisor, gateway, attention, mtp, expert_shard, forwarder };
-inline constexpr size_t kNumRoutes = 6;
+enum class Route : uint16_t {
+  supervisor,
+  membership,
+  gateway,
+  attention,
+  mtp,
+  expert_shard,
+  forwarder
+};
+inline constexpr size_t kNumRoutes = 7;
 
 class Postman final : public FabricSink {
  public:
   Postman(caf::actor_system& system, RankId self) : system_(system), self_(self) {}
-  void set_route(Route route, caf::actor actor) {
-    routes_[static_cast<size_t>(route)] = std::move(actor);
-  }
+  void set_route(Route route, caf::actor actor);
   // Drops the handles at the end, so that the actors can go.
   void clear_routes();
   void set_fabric(Fabric* fabric) { fabric_ = fabric; }
-  [[nodiscard]] const caf::actor& route(Route r) const { return routes_[static_cast<size_t>(r)]; }
+  // Null where this rank has no such actor.
+  [[nodiscard]] caf::actor route(Route r) const;
 
   // Sends an envelope; kind, step, layer, attempt and aux are the caller's. A refusal is reported
   // to the supervisor, which decides.
@@ -54,7 +61,8 @@ class Postman final : public FabricSink {
 
   caf::actor_system& system_;
   RankId self_;
-  Fabric* fabric_ = nullptr;
+  Fabric* fabric_ = nullptr; // set before the fabric starts
+  mutable std::mutex mutex_;
   std::array<caf::actor, kNumRoutes> routes_;
 };
 

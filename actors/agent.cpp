@@ -1,0 +1,361 @@
+#include "actors/agent.hpp"
+
+#include <fmt/format.h>
+
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+
+namespace troupe {
+
+// ---- the child's end --------------------------------------------------------------------------
+
+AgentChannel::~AgentChannel() { close(fd_); }
+
+void AgentChannel::say(std::string_view line) {
+  std::string text{line};
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  text += '\n';
+  const std::lock_guard lock{mutex_};
+  for (size_t sent = 0; sent < text.size();) {
+    const auto n = send(fd_, text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
+    if (n < 0 && errno == EINTR)
+      continue;
+    if (n <= 0)
+      return; // the agent is gone; hear() says so too
+    sent += static_cast<size_t>(n);
+  }
+}
+
+std::optional<std::string> AgentChannel::hear() {
+  for (;;) {
+    if (const auto end = buffer_.find('\n'); end != std::string::npos) {
+      auto line = buffer_.substr(0, end);
+      buffer_.erase(0, end + 1);
+      return line;
+    }
+    char bytes[4096];
+    const auto n = recv(fd_, bytes, sizeof bytes, 0);
+    if (n < 0 && errno == EINTR)
+      continue;
+    if (n <= 0)
+      return std::nullopt;
+    buffer_.append(bytes, static_cast<size_t>(n));
+  }
+}
+
+std::string describe_exit(int status) {
+  if (WIFSIGNALED(status))
+    return fmt::format("was killed by signal {} ({})", WTERMSIG(status),
+                       strsignal(WTERMSIG(status)));
+  if (WIFEXITED(status))
+    return fmt::format("exited with code {}", WEXITSTATUS(status));
+  return "ended";
+}
+
+// ---- the agent --------------------------------------------------------------------------------
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Child {
+  pid_t pid = -1;
+  RankId rank; // invalid: the client
+  int fd = -1;
+  std::string heard;
+  std::string failure; // what it said before it died
+  bool ready = false;
+  bool alive = true;
+};
+
+class Running {
+ public:
+  explicit Running(const AgentOptions& options) : options_(options) {}
+  int run();
+
+ private:
+  bool start_all();
+  bool start(RankId rank);
+  [[noreturn]] void child(RankId rank, int fd, pid_t agent);
+  void loop();
+  void read_signals();
+  void reap();
+  void died(Child& child, int status);
+  void read_from(Child& child);
+  void take_line(Child& child, const std::string& line);
+  void tell(Child& child, const std::string& line);
+  void tell_seed();
+  void begin_stop(int code);
+  void complain(const std::string& text);
+  [[nodiscard]] bool any_alive() const;
+  [[nodiscard]] int poll_timeout() const;
+
+  const AgentOptions& options_;
+  std::vector<Child> children_;
+  int signal_fd_ = -1;
+  sigset_t old_mask_{};
+  std::optional<std::string> seed_;
+  bool stopping_ = false;
+  bool killed_ = false;
+  bool told_ready_ = false;
+  int code_ = 0;
+  Clock::time_point deadline_;
+};
+
+bool Running::start(RankId rank) {
+  int fds[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) != 0) {
+    complain(fmt::format("socketpair: {}", strerror(errno)));
+    return false;
+  }
+  const pid_t agent = getpid();
+  const pid_t pid = fork();
+  if (pid < 0) {
+    complain(fmt::format("fork: {}", strerror(errno)));
+    close(fds[0]);
+    close(fds[1]);
+    return false;
+  }
+  if (pid == 0) {
+    close(fds[0]);
+    child(rank, fds[1], agent);
+  }
+  close(fds[1]);
+  Child c;
+  c.pid = pid;
+  c.rank = rank;
+  c.fd = fds[0];
+  children_.push_back(std::move(c));
+  return true;
+}
+
+void Running::child(RankId rank, int fd, pid_t agent) {
+  // If the agent died between fork and here the signal would never come.
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (getppid() != agent)
+    _exit(1);
+  for (const auto& other : children_)
+    close(other.fd);
+  close(signal_fd_);
+  sigprocmask(SIG_SETMASK, &old_mask_, nullptr);
+  if (rank.valid()) {
+    // The terminal's Ctrl-C goes to the whole group; ranks leave when the agent says so.
+    signal(SIGINT, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+  }
+  signal(SIGPIPE, SIG_IGN);
+  AgentChannel channel{fd};
+  const int code = rank.valid() ? options_.rank_main(rank, channel) : options_.client_main(channel);
+  std::fflush(nullptr);
+  _exit(code);
+}
+
+bool Running::start_all() {
+  sigset_t mask;
+  sigemptyset(&mask);
+  for (const int s : {SIGCHLD, SIGINT, SIGTERM, SIGHUP})
+    sigaddset(&mask, s);
+  sigprocmask(SIG_BLOCK, &mask, &old_mask_);
+  signal_fd_ = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+  if (signal_fd_ < 0) {
+    complain(fmt::format("signalfd: {}", strerror(errno)));
+    return false;
+  }
+  std::fflush(nullptr); // or every child would write what is buffered
+  for (const auto rank : options_.ranks)
+    if (!start(rank))
+      return false;
+  if (options_.client_main && !start(RankId{}))
+    return false;
+  seed_ = options_.seed;
+  if (seed_)
+    tell_seed();
+  return true;
+}
+
+int Running::run() {
+  if (!start_all())
+    begin_stop(1);
+  loop();
+  for (auto& c : children_)
+    if (c.fd >= 0)
+      close(c.fd);
+  if (signal_fd_ >= 0)
+    close(signal_fd_);
+  sigprocmask(SIG_SETMASK, &old_mask_, nullptr);
+  return code_;
+}
+
+bool Running::any_alive() const {
+  return std::any_of(children_.begin(), children_.end(), [](const auto& c) { return c.alive; });
+}
+
+int Running::poll_timeout() const {
+  if (!stopping_)
+    return -1;
+  const auto left =
+    std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now()).count();
+  return static_cast<int>(std::max<int64_t>(left, 0));
+}
+
+void Running::loop() {
+  while (any_alive()) {
+    std::vector<pollfd> polled{{signal_fd_, POLLIN, 0}};
+    std::vector<size_t> who;
+    for (size_t i = 0; i < children_.size(); ++i)
+      if (children_[i].fd >= 0) {
+        polled.push_back({children_[i].fd, POLLIN, 0});
+        who.push_back(i);
+      }
+    const int n = poll(polled.data(), polled.size(), poll_timeout());
+    if (n < 0 && errno != EINTR) {
+      complain(fmt::format("poll: {}", strerror(errno)));
+      begin_stop(1);
+    }
+    if (n > 0)
+      for (size_t i = 0; i < who.size(); ++i)
+        if (polled[i + 1].revents)
+          read_from(children_[who[i]]);
+    if (n > 0 && polled[0].revents)
+      read_signals();
+    reap();
+    if (stopping_ && !killed_ && Clock::now() >= deadline_) {
+      killed_ = true;
+      for (auto& c : children_)
+        if (c.alive)
+          kill(c.pid, SIGKILL);
+      deadline_ = Clock::now() + std::chrono::hours{1};
+    }
+  }
+}
+
+void Running::read_signals() {
+  signalfd_siginfo info;
+  while (read(signal_fd_, &info, sizeof info) == static_cast<ssize_t>(sizeof info)) {
+    const int s = static_cast<int>(info.ssi_signo);
+    if (s == SIGCHLD)
+      continue;
+    if (stopping_) // a second one: don't be polite
+      deadline_ = Clock::now();
+    begin_stop(128 + s);
+  }
+}
+
+void Running::reap() {
+  for (auto& c : children_) {
+    int status = 0;
+    if (c.alive && waitpid(c.pid, &status, WNOHANG) == c.pid) {
+      read_from(c); // its last words
+      c.alive = false;
+      died(c, status);
+    }
+  }
+}
+
+void Running::died(Child& c, int status) {
+  if (stopping_)
+    return;
+  if (!c.rank.valid()) {
+    if (WIFSIGNALED(status))
+      complain("the client " + describe_exit(status));
+    begin_stop(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+    return;
+  }
+  if (status == 0 && c.failure.empty())
+    return; // left cleanly: the cluster was told to stop
+  complain(fmt::format("rank {} {}{}", c.rank.value,
+                       c.failure.empty() ? "was lost: it " + describe_exit(status) : "failed: ",
+                       c.failure));
+  begin_stop(1);
+}
+
+void Running::read_from(Child& c) {
+  char bytes[4096];
+  while (c.fd >= 0) {
+    const auto n = recv(c.fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    if (n < 0 && errno == EINTR)
+      continue;
+    if (n < 0)
+      break;
+    if (n == 0) {
+      close(c.fd);
+      c.fd = -1;
+      break;
+    }
+    c.heard.append(bytes, static_cast<size_t>(n));
+  }
+  for (size_t end; (end = c.heard.find('\n')) != std::string::npos;) {
+    const auto line = c.heard.substr(0, end);
+    c.heard.erase(0, end + 1);
+    take_line(c, line);
+  }
+}
+
+void Running::take_line(Child& c, const std::string& line) {
+  if (line.starts_with("port ") && !seed_) {
+    seed_ = "127.0.0.1:" + line.substr(5);
+    tell_seed();
+  } else if (line == "ready") {
+    c.ready = true;
+    const bool all = std::all_of(children_.begin(), children_.end(),
+                                 [](const auto& x) { return !x.rank.valid() || x.ready; });
+    if (all && !told_ready_ && options_.on_ready) {
+      told_ready_ = true;
+      options_.on_ready(seed_.value_or(""));
+    }
+  } else if (line.starts_with("failed ")) {
+    c.failure = line.substr(7);
+  } else if (line == "stop") {
+    begin_stop(0);
+  }
+}
+
+void Running::tell(Child& c, const std::string& line) {
+  const auto text = line + "\n";
+  // A child that does not read its few lines is ended by the stop timeout.
+  if (c.fd >= 0 && send(c.fd, text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0 &&
+      errno != EPIPE && errno != ECONNRESET && errno != EAGAIN)
+    complain(fmt::format("telling a child: {}", strerror(errno)));
+}
+
+void Running::tell_seed() {
+  for (auto& c : children_)
+    tell(c, "seed " + *seed_);
+}
+
+void Running::begin_stop(int code) {
+  if (stopping_)
+    return;
+  stopping_ = true;
+  code_ = code;
+  deadline_ = Clock::now() + std::chrono::milliseconds{options_.stop_timeout_ms};
+  for (auto& c : children_) {
+    if (!c.alive)
+      continue;
+    tell(c, "stop");
+    if (!c.rank.valid())
+      kill(c.pid, SIGTERM);
+  }
+}
+
+void Running::complain(const std::string& text) {
+  fmt::print(stderr, "troupe: error: {}\n", text);
+  std::fflush(stderr);
+}
+
+} // namespace
+
+int run_agent(const AgentOptions& options) { return Running{options}.run(); }
+
+} // namespace troupe

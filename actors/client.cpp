@@ -1,0 +1,135 @@
+#include "actors/client.hpp"
+
+#include <caf/io/middleman.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <optional>
+#include <thread>
+
+namespace troupe {
+
+namespace {
+
+constexpr auto kAnswerTimeout = std::chrono::seconds{60};
+constexpr auto kPollPeriod = std::chrono::milliseconds{200};
+
+caf::error foreign(const std::string& what, const caf::error& error) {
+  return make_error(code_of(error) == Errc::internal ? Errc::peer_lost : code_of(error),
+                    what + ": " + text_of(error));
+}
+
+} // namespace
+
+caf::expected<Endpoint> parse_endpoint(const std::string& text) {
+  const auto colon = text.rfind(':');
+  int port = 0;
+  if (colon != std::string::npos) {
+    const char* first = text.data() + colon + 1;
+    const auto [end, error] = std::from_chars(first, text.data() + text.size(), port);
+    if (error != std::errc{} || end != text.data() + text.size())
+      port = 0;
+  }
+  if (colon == 0 || port < 1 || port > 65535)
+    return make_error(Errc::invalid_argument,
+                      fmt::format("\"{}\" is not an address, expected HOST:PORT", text));
+  return Endpoint{text.substr(0, colon), static_cast<uint16_t>(port)};
+}
+
+ClusterClient::ClusterClient(caf::actor_system& system, caf::actor port, std::string token)
+    : self_(system), port_(std::move(port)), token_(std::move(token)) {
+  self_->monitor(port_);
+}
+
+caf::expected<std::unique_ptr<ClusterClient>>
+ClusterClient::connect(caf::actor_system& system, const std::string& host, uint16_t port,
+                       std::string token, std::chrono::milliseconds timeout) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  for (;;) {
+    auto handle = system.middleman().remote_actor(host, port);
+    if (handle)
+      return std::unique_ptr<ClusterClient>{
+        new ClusterClient{system, std::move(*handle), std::move(token)}};
+    if (std::chrono::steady_clock::now() >= deadline)
+      return make_error(Errc::unreachable,
+                        fmt::format("no cluster answers at {}:{} ({})", host, port,
+                                    text_of(handle.error())));
+    std::this_thread::sleep_for(std::chrono::milliseconds{50});
+  }
+}
+
+std::unique_ptr<ClusterClient> ClusterClient::local(caf::actor_system& system,
+                                                    caf::actor control_port, std::string token) {
+  return std::unique_ptr<ClusterClient>{
+    new ClusterClient{system, std::move(control_port), std::move(token)}};
+}
+
+caf::expected<ClusterInfo> ClusterClient::info(std::chrono::milliseconds timeout) {
+  caf::expected<ClusterInfo> answer{caf::error{}};
+  self_->request(port_, timeout, GetClusterInfo{token_})
+    .receive([&](ClusterInfo& info) { answer = std::move(info); },
+             [&](caf::error& error) { answer = foreign("asking the cluster", error); });
+  return answer;
+}
+
+caf::expected<RequestId> ClusterClient::submit(RequestSpec spec) {
+  caf::expected<RequestId> answer{caf::error{}};
+  SubmitRequest request{token_, std::move(spec), caf::actor_cast<caf::actor>(self_)};
+  self_->request(port_, kAnswerTimeout, std::move(request))
+    .receive(
+      [&](RequestId id) {
+        answer = id;
+        open_.insert(id);
+      },
+             [&](caf::error& error) { answer = foreign("submitting the request", error); });
+  return answer;
+}
+
+caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
+                                               const std::function<bool()>& interrupted) {
+  std::optional<RequestDone> done;
+  bool cancelled = false;
+  while (!done && !down_) {
+    self_->receive(
+      [&](TokensReady& news) {
+        if (handlers.on_tokens)
+          handlers.on_tokens(news);
+      },
+      [&](RowsReady& news) {
+        if (handlers.on_rows)
+          handlers.on_rows(news);
+        self_->send(port_, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
+      },
+      [&](RequestDone& news) { done = std::move(news); },
+      [&](const caf::down_msg&) { down_ = true; },
+      caf::after(kPollPeriod) >> [] {});
+    if (interrupted && !cancelled && interrupted()) {
+      cancelled = true;
+      for (const auto id : open_)
+        self_->send(port_, CancelRequest{id});
+    }
+  }
+  if (!done)
+    return make_error(Errc::peer_lost, "the cluster went away");
+  open_.erase(done->id);
+  return std::move(*done);
+}
+
+caf::expected<ClusterStats> ClusterClient::stats() {
+  caf::expected<ClusterStats> answer{caf::error{}};
+  self_->request(port_, kAnswerTimeout, GetClusterStats{token_})
+    .receive([&](ClusterStats& stats) { answer = std::move(stats); },
+             [&](caf::error& error) { answer = foreign("asking for statistics", error); });
+  return answer;
+}
+
+caf::error ClusterClient::stop_cluster() {
+  caf::error answer;
+  self_->request(port_, kAnswerTimeout, StopCluster{token_})
+    .receive([&](caf::unit_t) {}, [&](caf::error& error) { answer = foreign("stopping", error); });
+  return answer;
+}
+
+} // namespace troupe

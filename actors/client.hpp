@@ -1,0 +1,63 @@
+// A client of a cluster: submits requests and reads the news about them. Blocking, for programs
+// such as `generate` and `score`; one thread at a time.
+#pragma once
+
+#include "actors/messages.hpp"
+
+#include <caf/actor_system.hpp>
+#include <caf/scoped_actor.hpp>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+
+namespace troupe {
+
+// What a request's news do. Unset ones are ignored. Called on the thread that waits.
+struct RequestHandlers {
+  std::function<void(const TokensReady&)> on_tokens;
+  std::function<void(const RowsReady&)> on_rows;
+};
+
+class ClusterClient {
+ public:
+  // Connects to a control port, trying until `timeout` has passed. Errc::unreachable with the
+  // address; Errc::mismatch for a wrong token.
+  [[nodiscard]] static caf::expected<std::unique_ptr<ClusterClient>>
+  connect(caf::actor_system& system, const std::string& host, uint16_t port, std::string token,
+          std::chrono::milliseconds timeout);
+  // A control port of this process.
+  [[nodiscard]] static std::unique_ptr<ClusterClient> local(caf::actor_system& system,
+                                                            caf::actor control_port,
+                                                            std::string token);
+
+  // Waits until the cluster runs.
+  [[nodiscard]] caf::expected<ClusterInfo> info(std::chrono::milliseconds timeout);
+  [[nodiscard]] caf::expected<RequestId> submit(RequestSpec spec);
+  // Runs until one of the open requests is done; rows are acknowledged after their handler
+  // returns. Errc::peer_lost when the cluster goes away. `interrupted` is polled a few times a
+  // second; when it says true all open requests are cancelled.
+  [[nodiscard]] caf::expected<RequestDone> wait(const RequestHandlers& handlers,
+                                                const std::function<bool()>& interrupted = {});
+  [[nodiscard]] caf::expected<ClusterStats> stats();
+  [[nodiscard]] caf::error stop_cluster();
+
+ private:
+  ClusterClient(caf::actor_system& system, caf::actor port, std::string token);
+  caf::scoped_actor self_;
+  caf::actor port_;
+  std::string token_;
+  bool down_ = false;
+  std::set<RequestId> open_;
+};
+
+// "host:port"; the port 1 … 65535.
+struct Endpoint {
+  std::string host;
+  uint16_t port = 0;
+};
+[[nodiscard]] caf::expected<Endpoint> parse_endpoint(const std::string& text);
+
+} // namespace troupe

@@ -1,0 +1,30 @@
+// A whole cluster inside this process (`--fabric loopback`): every rank has its own actor system
+// and compute stream, messages go by reference, and the checkpoint is mapped once.
+#pragma once
+
+#include "actors/client.hpp"
+#include "actors/rank_host.hpp"
+
+#include <memory>
+#include <vector>
+
+namespace troupe {
+
+class InProcessCluster {
+ public:
+  [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
+  start(const ClusterOptions& options);
+  ~InProcessCluster();
+  [[nodiscard]] ClusterClient& client() { return *client_; }
+  [[nodiscard]] RankHost& host(size_t rank) { return *hosts_.at(rank); }
+  [[nodiscard]] size_t num_ranks() const { return hosts_.size(); }
+
+ private:
+  InProcessCluster() = default;
+  struct Hub;
+  std::unique_ptr<Hub> hub_;
+  std::vector<std::unique_ptr<RankHost>> hosts_;
+  std::unique_ptr<ClusterClient> client_;
+};
+
+} // namespace troupe

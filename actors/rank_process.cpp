@@ -1,0 +1,208 @@
+#include "actors/rank_process.hpp"
+
+#include "actors/client.hpp"
+#include "actors/rank_host.hpp"
+#include "transport/ucx_fabric.hpp"
+
+#include <caf/io/middleman.hpp>
+#include <caf/scoped_actor.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <unistd.h>
+
+#include <condition_variable>
+#include <fstream>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+namespace troupe {
+
+namespace {
+
+// What the agent said so far; filled by the thread that listens to it.
+struct AgentNews {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::optional<std::string> seed;
+  bool stop = false;
+  RankHost* host = nullptr;
+};
+
+// Listens until the agent is gone; then this process has no business any more.
+void listen_to_agent(AgentChannel& agent, AgentNews& news) {
+  while (const auto line = agent.hear()) {
+    const std::lock_guard lock{news.mutex};
+    if (line->starts_with("seed "))
+      news.seed = line->substr(5);
+    if (*line == "stop") {
+      news.stop = true;
+      if (news.host)
+        news.host->rank().postman().tell(news.host->rank().context().self, Route::supervisor,
+                                         StopRank{});
+    }
+    news.changed.notify_all();
+  }
+  _exit(1);
+}
+
+caf::expected<std::string> await_seed(AgentNews& news, std::chrono::milliseconds timeout) {
+  std::unique_lock lock{news.mutex};
+  news.changed.wait_for(lock, timeout, [&] { return news.seed || news.stop; });
+  if (news.stop)
+    return make_error(Errc::cancelled, "told to stop before the cluster formed");
+  if (!news.seed)
+    return make_error(Errc::timeout, "rank 0 did not open its control port in time");
+  return *news.seed;
+}
+
+caf::expected<caf::actor> reach_seed(caf::actor_system& system, const std::string& seed,
+                                     std::chrono::milliseconds timeout) {
+  auto endpoint = parse_endpoint(seed);
+  if (!endpoint)
+    return endpoint.error();
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  for (;;) {
+    auto handle = system.middleman().remote_actor(endpoint->host, endpoint->port);
+    if (handle)
+      return std::move(*handle);
+    if (std::chrono::steady_clock::now() >= deadline)
+      return make_error(Errc::unreachable, fmt::format("the seed {} can't be reached ({})", seed,
+                                                       text_of(handle.error())));
+    std::this_thread::sleep_for(std::chrono::milliseconds{100});
+  }
+}
+
+caf::expected<Welcome> join(RankHost& host, const caf::actor& port,
+                            std::chrono::milliseconds timeout) {
+  caf::expected<Welcome> answer{caf::error{}};
+  caf::scoped_actor self{host.system()};
+  // A little longer than the membership's own patience, whose reason is the better one.
+  self->request(port, timeout + std::chrono::seconds{5}, host.rank().join_request())
+    .receive([&](Welcome& welcome) { answer = std::move(welcome); },
+             [&](caf::error& error) {
+               answer = make_error(Errc::mismatch, "joining the cluster: " + text_of(error));
+             });
+  return answer;
+}
+
+class RankProcess {
+ public:
+  RankProcess(RankId self, const RankProcessOptions& options, AgentChannel& agent)
+      : self_(self), options_(options), agent_(agent) {}
+
+  caf::error run();
+
+ private:
+  caf::error make_host();
+  caf::expected<caf::actor> open_or_reach_port();
+  caf::error serve();
+  void write_trace();
+
+  RankId self_;
+  const RankProcessOptions& options_;
+  AgentChannel& agent_;
+  AgentNews news_;
+  std::unique_ptr<RankHost> host_;
+};
+
+caf::error RankProcess::make_host() {
+  auto checkpoint = Checkpoint::open(options_.cluster.model);
+  if (!checkpoint)
+    return checkpoint.error();
+  FabricOptions fabric_options;
+  fabric_options.self = self_;
+  fabric_options.incarnation = 1;
+  fabric_options.cluster_token = options_.cluster.cluster_token;
+  fabric_options.pool =
+    BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options_.cluster.limits));
+  auto fabric = make_ucx_fabric(fabric_options);
+  if (!fabric)
+    return fabric.error();
+  auto host = RankHost::make(self_, options_.cluster, std::move(*checkpoint), std::move(*fabric));
+  if (!host)
+    return host.error();
+  host_ = std::move(*host);
+  return host_->start_fabric();
+}
+
+caf::expected<caf::actor> RankProcess::open_or_reach_port() {
+  if (self_ != RankId{0}) {
+    auto seed = await_seed(news_, options_.join_timeout);
+    if (!seed)
+      return seed.error();
+    return reach_seed(host_->system(), *seed, options_.join_timeout);
+  }
+  auto port = host_->open_control_port(options_.join_timeout);
+  auto number = host_->system().middleman().publish(port, options_.control_port,
+                                                    options_.control_host.c_str(), true);
+  if (!number)
+    return make_error(Errc::unreachable,
+                      fmt::format("the control port {}:{} can't be opened; is it in use? ({})",
+                                  options_.control_host, options_.control_port,
+                                  text_of(number.error())));
+  agent_.say(fmt::format("port {}", *number));
+  return port;
+}
+
+caf::error RankProcess::serve() {
+  auto port = open_or_reach_port();
+  if (!port)
+    return port.error();
+  auto welcome = join(*host_, *port, options_.join_timeout);
+  if (!welcome)
+    return welcome.error();
+  const auto loaded = host_->rank().start(*welcome, {});
+  host_->report_ready(loaded);
+  if (loaded)
+    return loaded;
+  if (self_ == RankId{0})
+    if (auto error = host_->await_cluster())
+      return error;
+  agent_.say("ready");
+  return host_->await_end();
+}
+
+void RankProcess::write_trace() {
+  if (options_.trace_file.empty())
+    return;
+  std::ofstream file{fmt::format("{}.{}.json", options_.trace_file, self_.value)};
+  file << to_chrome_trace(self_, host_->rank().trace().spans());
+}
+
+caf::error RankProcess::run() {
+  std::thread{[this] { listen_to_agent(agent_, news_); }}.detach();
+  if (auto error = make_host())
+    return error;
+  {
+    const std::lock_guard lock{news_.mutex};
+    news_.host = host_.get();
+    if (news_.stop)
+      return {};
+  }
+  auto error = serve();
+  write_trace();
+  {
+    const std::lock_guard lock{news_.mutex};
+    news_.host = nullptr;
+    if (news_.stop)
+      error = {}; // being told to stop is no failure, whatever it interrupted
+  }
+  host_->shut_down(!error);
+  return error;
+}
+
+} // namespace
+
+int rank_process_main(RankId self, const RankProcessOptions& options, AgentChannel& agent) {
+  RankProcess process{self, options, agent};
+  const auto error = process.run();
+  if (!error)
+    return 0;
+  agent.say("failed " + text_of(error));
+  return 1;
+}
+
+} // namespace troupe

@@ -1,0 +1,62 @@
+#include "actors/rank_supervisor.hpp"
+
+#include <fmt/format.h>
+
+#include <utility>
+
+namespace troupe {
+
+namespace {
+
+using Self = RankSupervisor::stateful_pointer<RankSupervisorState>;
+
+void end(Self self, const caf::error& why) {
+  if (self->state.on_end)
+    std::exchange(self->state.on_end, nullptr)(why);
+}
+
+} // namespace
+
+RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* context,
+                                              std::function<RankStats()> stats,
+                                              std::function<void(const caf::error&)> on_end) {
+  self->state.context = context;
+  self->state.stats = std::move(stats);
+  self->state.on_end = std::move(on_end);
+  self->set_down_handler([=](const caf::down_msg& down) {
+    if (!self->state.stopping && down.reason)
+      end(self, with_context("an actor of this rank ended", down.reason));
+  });
+  return {
+    [=](const PeerLost& news) {
+      if (self->state.stopping)
+        return;
+      const bool own = news.peer == self->state.context->self;
+      end(self, own ? news.why
+                    : with_context(fmt::format("rank {} was lost", news.peer.value), news.why));
+    },
+    [=](const PeerLeft& news) {
+      if (!self->state.stopping)
+        end(self, make_error(Errc::peer_lost, fmt::format("rank {} left", news.peer.value)));
+    },
+    [=](const StopRank&) {
+      self->state.stopping = true;
+      end(self, {});
+    },
+    [=](const StopCluster&) {
+      const auto& c = *self->state.context;
+      for (const auto& m : c.view->members)
+        if (m.rank != c.self)
+          c.postman->tell(m.rank, Route::supervisor, StopRank{});
+      c.postman->tell(c.self, Route::supervisor, StopRank{});
+    },
+    [=](const StatsQuery& query) {
+      auto stats = self->state.stats();
+      stats.query = query.query;
+      stats.rank = self->state.context->self;
+      self->state.context->postman->tell(query.reply_to, Route::gateway, std::move(stats));
+    },
+  };
+}
+
+} // namespace troupe

@@ -1,0 +1,40 @@
+// What the subcommands share in talking to a person: errors on stderr, sizes and counts as people
+// write them, a progress line on a terminal.
+#pragma once
+
+#include "config/errors.hpp"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace troupe {
+
+// "troupe: error: …" on stderr; returns the exit code 1.
+int complain(const caf::error& error);
+int complain(const std::string& text);
+
+// "671,026,419,200"
+[[nodiscard]] std::string with_commas(int64_t n);
+// "641.3 GiB"
+[[nodiscard]] std::string bytes_text(int64_t bytes);
+
+// "5,7,9" -> ids. Errors name the piece that is no token id.
+[[nodiscard]] caf::expected<std::vector<int32_t>> parse_ids(const std::string& text);
+// The whole file, or standard input for "-". Errors name the file.
+[[nodiscard]] caf::expected<std::string> read_file(const std::string& path);
+
+// A line on stderr that is overwritten; silent when stderr is no terminal.
+class ProgressLine {
+ public:
+  explicit ProgressLine(bool enabled);
+  ~ProgressLine();
+  void show(const std::string& text);
+  void clear();
+
+ private:
+  bool enabled_;
+  bool shown_ = false;
+};
+
+} // namespace troupe

@@ -1,0 +1,73 @@
+// troupe init: a random checkpoint in Hugging Face format.
+#include "apps/commands.hpp"
+#include "apps/console.hpp"
+#include "config/checkpoint_init.hpp"
+#include "config/presets.hpp"
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <thread>
+
+namespace troupe {
+
+namespace {
+
+struct InitCommand {
+  std::string what, out, dtype = "bf16";
+  uint64_t seed = 0;
+};
+
+caf::expected<ModelConfig> config_of(const std::string& what) {
+  if (auto known = preset(what))
+    return *known;
+  if (std::filesystem::exists(what))
+    return load_model_config(what);
+  return make_error(Errc::not_found,
+                    fmt::format("\"{}\" is neither a preset nor a config.json; presets: {}", what,
+                                fmt::join(preset_names(), ", ")));
+}
+
+int init(const InitCommand& o) {
+  auto config = config_of(o.what);
+  if (!config)
+    return complain(config.error());
+  ProgressLine progress{true};
+  InitOptions options;
+  options.format = *weight_format_from_name(o.dtype);
+  options.seed = o.seed;
+  options.num_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  options.progress = [&](int64_t done, int64_t total) {
+    progress.show(fmt::format("{} of {}", bytes_text(done), bytes_text(total)));
+  };
+  if (auto error = init_checkpoint(*config, o.out, options))
+    return complain(error);
+  progress.clear();
+  fmt::print("{}: {} parameters, {}\n", o.out, with_commas(count_parameters(*config).total),
+             o.dtype);
+  return 0;
+}
+
+} // namespace
+
+void add_init(CLI::App& app, int& code) {
+  auto o = std::make_shared<InitCommand>();
+  auto* command = app.add_subcommand("init", "Write a random checkpoint in Hugging Face format");
+  command
+    ->add_option("PRESET_OR_CONFIG", o->what,
+                 fmt::format("A config.json, a folder with one, or a preset: {}",
+                             fmt::join(preset_names(), ", ")))
+    ->required();
+  command->add_option("OUT", o->out, "Folder to create")->required();
+  command->add_option("--dtype", o->dtype, "f32, bf16 or fp8 (128×128 blocks)")
+    ->check(CLI::IsMember({"f32", "bf16", "fp8"}))
+    ->capture_default_str();
+  command->add_option("--seed", o->seed, "Equal seeds, equal files")->capture_default_str();
+  command->callback([o, &code] { code = init(*o); });
+}
+
+} // namespace troupe

@@ -1,0 +1,24 @@
+// Which task of which launcher this process is: Open MPI, Slurm or torchrun-style variables. Pure.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+
+namespace troupe {
+
+struct LauncherTask {
+  std::string launcher; // "Open MPI", "Slurm", "torchrun"
+  int32_t rank = 0, num_ranks = 1, local_rank = 0, local_ranks = 1;
+  std::string job;         // unique to this run
+  std::string master_host; // "" where the launcher does not say
+  uint16_t master_port = 0;
+};
+
+// `get` looks a variable up ("" when unset). nullopt when no launcher started this process, or it
+// started only one.
+[[nodiscard]] std::optional<LauncherTask>
+detect_launcher(const std::function<std::string(const char*)>& get);
+
+} // namespace troupe

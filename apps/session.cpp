@@ -1,0 +1,340 @@
+#include "apps/session.hpp"
+
+#include "actors/agent.hpp"
+#include "actors/in_process_cluster.hpp"
+#include "actors/placement.hpp"
+#include "actors/rank_process.hpp"
+#include "apps/console.hpp"
+#include "apps/launcher_env.hpp"
+#include "config/cluster_spec.hpp"
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <optional>
+#include <thread>
+
+namespace troupe {
+
+namespace {
+
+constexpr auto kClusterTimeout = std::chrono::minutes{30}; // loading a large model takes a while
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+// 128 random bits from the kernel.
+std::string random_token() {
+  unsigned char bytes[16] = {};
+  if (getrandom(bytes, sizeof bytes, 0) != static_cast<ssize_t>(sizeof bytes))
+    return {};
+  std::string token;
+  for (const auto b : bytes)
+    token += fmt::format("{:02x}", b);
+  return token;
+}
+
+// Everything that can be wrong is found here, once, before any process starts.
+caf::error resolve(SessionOptions& o) {
+  if (o.ranks < 0)
+    return make_error(Errc::invalid_argument,
+                      fmt::format("ranks: {} given, at least 1 expected", o.ranks));
+  if (o.dispatch != "direct" && o.dispatch != "two-hop")
+    return make_error(Errc::invalid_argument,
+                      fmt::format("dispatch: \"{}\" given, expected \"direct\" or \"two-hop\"",
+                                  o.dispatch));
+  const auto seed = o.cluster.shape.placement_seed;
+  auto shape = parse_shape(o.layout, o.ranks, o.tp, o.nodes);
+  if (!shape)
+    return shape.error();
+  o.cluster.shape = *shape;
+  o.cluster.shape.placement_seed = seed;
+  o.cluster.shape.two_hop = o.dispatch == "two-hop";
+  if (!o.compute.empty())
+    o.cluster.compute = o.compute == "f32" ? DType::f32 : DType::bf16;
+  if (!o.fp8.empty())
+    o.cluster.fp8 = o.fp8;
+  auto checkpoint = Checkpoint::open(o.cluster.model);
+  if (!checkpoint)
+    return checkpoint.error();
+  auto arithmetic = choose_arithmetic(**checkpoint, o.cluster);
+  if (!arithmetic)
+    return arithmetic.error();
+  const int64_t modules = o.cluster.limits.max_speculate > 0 ? (*checkpoint)->num_mtp_layers() : 0;
+  if (o.cluster.limits.max_speculate > 0 && modules == 0)
+    return make_error(Errc::unsupported, "speculate: the checkpoint has no MTP module");
+  if (!find_backend(o.cluster.backend))
+    return make_error(Errc::invalid_argument,
+                      fmt::format("backend: \"{}\" is not available here", o.cluster.backend));
+  auto view = first_view((*checkpoint)->config(), o.cluster.shape, modules);
+  if (!view)
+    return view.error();
+  return {};
+}
+
+int run_client(const std::string& seed, const std::string& token,
+               const std::function<int(ClusterClient&)>& body) {
+  auto endpoint = parse_endpoint(seed);
+  if (!endpoint)
+    return complain(endpoint.error());
+  RankSystemConfig config;
+  caf::actor_system system{config};
+  auto client = ClusterClient::connect(system, endpoint->host, endpoint->port, token,
+                                       std::chrono::seconds{10});
+  if (!client)
+    return complain(client.error());
+  auto info = (*client)->info(kClusterTimeout);
+  if (!info)
+    return complain(info.error());
+  return body(**client);
+}
+
+// The client under an agent: waits for the seed, ends when the agent does.
+int client_main(AgentChannel& agent, const std::string& token,
+                const std::function<int(ClusterClient&)>& body) {
+  std::optional<std::string> seed;
+  while (!seed) {
+    const auto line = agent.hear();
+    if (!line || *line == "stop")
+      return 1;
+    if (line->starts_with("seed "))
+      seed = line->substr(5);
+  }
+  std::thread{[&agent] {
+    while (agent.hear()) {
+    }
+    _exit(1);
+  }}.detach();
+  return run_client(*seed, token, body);
+}
+
+RankProcessOptions process_options(const SessionOptions& o) {
+  RankProcessOptions p;
+  p.cluster = o.cluster;
+  p.join_timeout = std::chrono::seconds{o.join_timeout_s};
+  p.trace_file = o.trace;
+  p.cluster.trace = !o.trace.empty();
+  return p;
+}
+
+// Where the tasks of a launcher meet. Errors where nobody said.
+caf::expected<std::string> meeting_point(const LauncherTask& task) {
+  if (task.master_port != 0)
+    return fmt::format("{}:{}", task.master_host, task.master_port);
+  const auto port = 20000 + std::hash<std::string>{}(task.job) % 20000;
+  if (task.local_ranks == task.num_ranks)
+    return fmt::format("127.0.0.1:{}", port);
+  return make_error(Errc::unsupported,
+                    fmt::format("{} started tasks on several hosts; set MASTER_ADDR, MASTER_PORT "
+                                "and TROUPE_TOKEN for all of them",
+                                task.launcher));
+}
+
+int run_launched(const LauncherTask& task, SessionOptions o,
+                 const std::function<int(ClusterClient&)>& body) {
+  auto seed = meeting_point(task);
+  if (!seed)
+    return complain(seed.error());
+  auto endpoint = parse_endpoint(*seed);
+  if (!endpoint)
+    return complain(endpoint.error());
+  const auto token = environment("TROUPE_TOKEN");
+  o.cluster.cluster_token = token.empty() ? task.launcher + task.job : token;
+  o.cluster.local_ranks = task.local_ranks;
+  auto process = process_options(o);
+  process.control_host = endpoint->host;
+  process.control_port = endpoint->port;
+  AgentOptions agent;
+  agent.ranks = {RankId{task.rank}};
+  agent.seed = *seed;
+  agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
+  if (task.rank == 0)
+    agent.client_main = [&](AgentChannel& c) {
+      return client_main(c, o.cluster.cluster_token, [&](ClusterClient& client) {
+        const int code = body(client);
+        // The other tasks' agents end when their ranks have left.
+        if (auto error = client.stop_cluster())
+          return complain(error);
+        return code;
+      });
+    };
+  return run_agent(agent);
+}
+
+int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&)>& body) {
+  auto address = o.attach;
+  auto token = o.token.empty() ? environment("TROUPE_TOKEN") : o.token;
+  if (std::filesystem::is_regular_file(o.attach)) {
+    auto spec = load_cluster_spec(o.attach);
+    if (!spec)
+      return complain(spec.error());
+    address = fmt::format("{}:{}", spec->control.host, spec->control.port);
+    if (token.empty())
+      token = spec->control.token;
+  }
+  return run_client(address, token, body);
+}
+
+} // namespace
+
+void set_transport_defaults() {
+  for (const auto& [name, value] :
+       {std::pair{"UCX_TLS", "tcp,self"}, {"UCX_LOG_LEVEL", "error"},
+        {"UCX_HANDLE_ERRORS", "none"}, {"UCX_WARN_UNUSED_ENV_VARS", "n"},
+        {"UCX_TCP_KEEPIDLE", "1s"}, {"UCX_TCP_KEEPINTVL", "1s"}, {"UCX_TCP_KEEPCNT", "3"},
+        {"UCX_RNDV_THRESH", "256K"}})
+    setenv(name, value, 0);
+}
+
+void add_cluster_options(CLI::App& command, SessionOptions& o) {
+  const char* group = "Cluster";
+  command.add_option("--ranks", o.ranks, "Number of ranks (default 1)")
+    ->check(CLI::PositiveNumber)
+    ->group(group);
+  command.add_option("--layout", o.layout,
+                     "joint: every rank does attention and experts; A+E: the first A ranks do "
+                     "attention, E others host experts")
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--tp", o.tp, "Tensor-parallel ranks of an attention group")
+    ->check(CLI::PositiveNumber)
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--nodes", o.nodes, "How many nodes the ranks count as")
+    ->check(CLI::PositiveNumber)
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--dispatch", o.dispatch, "How tokens reach experts: direct or two-hop")
+    ->check(CLI::IsMember({"direct", "two-hop"}))
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--fabric", o.fabric,
+                     "ucx: a process per rank; loopback: all ranks in this process")
+    ->check(CLI::IsMember({"ucx", "loopback"}))
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--placement-seed", o.cluster.shape.placement_seed,
+                     "Random placement of experts; 0: by gate group")
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--threads", o.cluster.num_threads,
+                     "Compute threads of a rank (default: cores / local ranks)")
+    ->check(CLI::PositiveNumber)
+    ->group(group);
+  command.add_option("--attach", o.attach,
+                     "Use the running cluster at HOST:PORT or of a cluster file")
+    ->group(group);
+  command.add_option("--token", o.token,
+                     "Token of the cluster attached to (or environment TROUPE_TOKEN)")
+    ->group(group);
+  command.add_option("--join-timeout", o.join_timeout_s, "Seconds to wait for all ranks")
+    ->check(CLI::PositiveNumber)
+    ->capture_default_str()
+    ->group(group);
+  command.add_option("--trace", o.trace, "Write a Chrome/Perfetto trace per rank: PREFIX.RANK.json")
+    ->group(group);
+
+  const char* arithmetic = "Arithmetic and memory";
+  command.add_option("--compute", o.compute, "Activations in f32 or bf16 (default: bf16, or f32 "
+                                             "for a checkpoint stored in F32)")
+    ->check(CLI::IsMember({"f32", "bf16"}))
+    ->group(arithmetic);
+  command.add_option("--fp8", o.fp8, "weights: FP8 weights, full activations; activations: both "
+                                     "(W8A8)")
+    ->check(CLI::IsMember({"weights", "activations"}))
+    ->group(arithmetic);
+  command.add_option("--backend", o.cluster.backend,
+                     "Kernels: simd (the fastest here), reference, avx2, avx512, avx512_bf16")
+    ->capture_default_str()
+    ->group(arithmetic);
+  command.add_option("--prefill-chunk", o.cluster.limits.prefill_chunk,
+                     "Prompt tokens of one step (default 512)")
+    ->check(CLI::PositiveNumber)
+    ->group(arithmetic);
+  command.add_option("--batch", o.cluster.limits.batch, "Requests of one step (default 16)")
+    ->check(CLI::PositiveNumber)
+    ->group(arithmetic);
+  command.add_option("--kv-tokens", o.cluster.limits.kv_tokens,
+                     "Positions the KV cache has room for (default: what is needed, at least "
+                     "4096)")
+    ->check(CLI::PositiveNumber)
+    ->group(arithmetic);
+}
+
+void need_context(SessionOptions& o, int64_t tokens, int32_t speculate) {
+  if (o.cluster.limits.kv_tokens == 0)
+    o.cluster.limits.kv_tokens = std::max<int64_t>(tokens + kPageTokens, 4096);
+  o.cluster.limits.max_speculate = std::max<int64_t>(o.cluster.limits.max_speculate, speculate);
+}
+
+int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& body) {
+  if (!o.attach.empty())
+    return run_attached(o, body);
+  const auto task = detect_launcher(environment);
+  if (task) {
+    if (o.ranks != 0 && o.ranks != task->num_ranks)
+      return complain(fmt::format("ranks: {} given, but {} started {} tasks", o.ranks,
+                                  task->launcher, task->num_ranks));
+    if (o.layout == "joint")
+      o.ranks = task->num_ranks;
+  }
+  if (auto error = resolve(o))
+    return complain(error);
+  if (task && o.cluster.shape.num_ranks != task->num_ranks)
+    return complain(fmt::format("layout: \"{}\" has {} ranks, but {} started {} tasks", o.layout,
+                                o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
+  o.cluster.local_ranks = o.cluster.shape.num_ranks;
+  o.cluster.cluster_token = random_token();
+  if (o.fabric == "loopback") {
+    auto cluster = InProcessCluster::start(o.cluster);
+    if (!cluster)
+      return complain(cluster.error());
+    return body((*cluster)->client());
+  }
+  if (task)
+    return run_launched(*task, o, body);
+  const auto process = process_options(o);
+  AgentOptions agent;
+  for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
+    agent.ranks.push_back(RankId{r});
+  agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
+  agent.client_main = [&](AgentChannel& c) {
+    return client_main(c, o.cluster.cluster_token, body);
+  };
+  return run_agent(agent);
+}
+
+int run_cluster(SessionOptions o, const std::string& control_host, uint16_t control_port) {
+  if (auto error = resolve(o))
+    return complain(error);
+  o.cluster.local_ranks = o.cluster.shape.num_ranks;
+  if (o.cluster.cluster_token.empty())
+    o.cluster.cluster_token = environment("TROUPE_TOKEN");
+  const bool made_token = o.cluster.cluster_token.empty();
+  if (made_token)
+    o.cluster.cluster_token = random_token();
+  auto process = process_options(o);
+  process.control_host = control_host;
+  process.control_port = control_port;
+  AgentOptions agent;
+  for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
+    agent.ranks.push_back(RankId{r});
+  agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
+  agent.on_ready = [&](const std::string& seed) {
+    fmt::print("{} ranks serve {}. Attach with:\n  troupe generate MODEL --attach {}{} --prompt …\n"
+               "Ctrl-C stops the cluster.\n",
+               agent.ranks.size(), o.cluster.model, seed,
+               made_token ? " --token " + o.cluster.cluster_token : "");
+    std::fflush(stdout);
+  };
+  return run_agent(agent);
+}
+
+} // namespace troupe

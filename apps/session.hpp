@@ -1,0 +1,51 @@
+// Runs a command against a cluster: one that is already there (`--attach`), one inside this process
+// (`--fabric loopback`), or one of rank processes that this process starts as their agent, alone or
+// as one of the tasks that mpirun, srun or torchrun started.
+#pragma once
+
+#include "actors/client.hpp"
+#include "actors/rank.hpp"
+
+#include <functional>
+#include <string>
+
+namespace CLI {
+class App;
+}
+
+namespace troupe {
+
+struct SessionOptions {
+  ClusterOptions cluster;
+  std::string layout = "joint";
+  std::string dispatch = "direct";
+  std::string fabric = "ucx";
+  std::string compute; // "" | f32 | bf16
+  std::string fp8;     // "" | weights | activations
+  int32_t ranks = 0, tp = 1, nodes = 1;
+  std::string attach; // HOST:PORT or a cluster file
+  std::string token;  // of the cluster attached to
+  std::string trace;
+  int32_t join_timeout_s = 60;
+};
+
+// Adds the options that every command with a cluster shares.
+void add_cluster_options(CLI::App& command, SessionOptions& options);
+
+// Raises limits to what the command needs, so that defaults fit: context and drafts.
+void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
+
+// Runs `body` with a client of the cluster, and ends the cluster if it was started here. Returns
+// the exit code. `body` runs in a forked child unless attached or in-process, so what it must tell
+// goes to stdout, stderr and files.
+[[nodiscard]] int with_cluster(SessionOptions options,
+                               const std::function<int(ClusterClient&)>& body);
+
+// Starts a cluster and keeps it up until told to stop; for `launch`.
+[[nodiscard]] int run_cluster(SessionOptions options, const std::string& control_host,
+                              uint16_t control_port);
+
+// UCX reads its settings when it is first used; must run before any thread starts.
+void set_transport_defaults();
+
+} // namespace troupe
