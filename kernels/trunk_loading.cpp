@@ -181,10 +181,10 @@ caf::error TrunkLoader::check_share() const {
   if (share_.tp < 1 || share_.tp_rank < 0 || share_.tp_rank >= share_.tp)
     return make_error(Errc::invalid_argument,
                       fmt::format("no tensor-parallel rank {} of {}", share_.tp_rank, share_.tp));
-  if (share_.num_mtp_layers < 0 || share_.num_mtp_layers > config_.num_nextn_predict_layers)
+  if (share_.num_mtp_layers < 0 || share_.num_mtp_layers > checkpoint_.num_mtp_layers())
     return make_error(Errc::invalid_argument,
-                      fmt::format("the model has {} MTP modules, {} asked for",
-                                  config_.num_nextn_predict_layers, share_.num_mtp_layers));
+                      fmt::format("the checkpoint holds {} MTP modules, {} asked for",
+                                  checkpoint_.num_mtp_layers(), share_.num_mtp_layers));
   const auto segments = head_segments(config_.num_attention_heads, config_.v_head_dim);
   if (segments.count % share_.tp != 0)
     return make_error(Errc::invalid_argument,
