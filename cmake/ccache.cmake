@@ -1,0 +1,21 @@
+# Compiles through ccache where it works. It is tried first: an installed ccache that cannot write
+# its cache would fail every compilation.
+option(TROUPE_CCACHE "Compile through ccache where it is installed" ON)
+if(NOT TROUPE_CCACHE OR CMAKE_CXX_COMPILER_LAUNCHER)
+  return()
+endif()
+find_program(CCACHE ccache)
+mark_as_advanced(CCACHE)
+if(NOT CCACHE)
+  return()
+endif()
+set(_probe ${CMAKE_BINARY_DIR}/CMakeFiles/ccache_probe.cpp)
+file(WRITE ${_probe} "int main() { return 0; }\n")
+execute_process(COMMAND ${CCACHE} ${CMAKE_CXX_COMPILER} -c ${_probe} -o ${_probe}.o
+  RESULT_VARIABLE _status OUTPUT_QUIET ERROR_VARIABLE _why)
+if(_status EQUAL 0)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
+else()
+  string(STRIP "${_why}" _why)
+  message(STATUS "ccache is installed but does not work, so it is not used: ${_why}")
+endif()
