@@ -4,7 +4,7 @@
 #include "config/parameters.hpp"
 #include "config/presets.hpp"
 #include "config/safetensors.hpp"
-#include "scratch_folder.hpp"
+#include "tests/config/scratch_folder.hpp"
 
 #include <doctest/doctest.h>
 

@@ -1,7 +1,7 @@
 #include "config/json.hpp"
 #include "config/model_config.hpp"
 #include "config/presets.hpp"
-#include "scratch_folder.hpp"
+#include "tests/config/scratch_folder.hpp"
 
 #include <doctest/doctest.h>
 

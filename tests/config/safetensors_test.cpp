@@ -1,5 +1,5 @@
 #include "config/safetensors.hpp"
-#include "scratch_folder.hpp"
+#include "tests/config/scratch_folder.hpp"
 
 #include <doctest/doctest.h>
 
