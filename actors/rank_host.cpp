@@ -77,6 +77,13 @@ caf::actor RankHost::open_control_port(std::chrono::milliseconds join_timeout) {
   return control_port_;
 }
 
+caf::actor RankHost::open_local_control_port(const caf::actor& gateway) {
+  control_port_ = system_->spawn(control_port, token_, caf::actor{},
+                                 rank_->postman().route(Route::supervisor));
+  caf::anon_send(control_port_, OpenControlPort{gateway, {}});
+  return control_port_;
+}
+
 caf::error RankHost::await_cluster() {
   {
     std::unique_lock lock{mutex_};

@@ -5,10 +5,11 @@
 #include "actors/rank.hpp"
 
 #include <chrono>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <condition_variable>
 #include <optional>
+#include <string>
 
 namespace troupe {
 
@@ -29,6 +30,8 @@ class RankHost {
   [[nodiscard]] caf::error start_fabric();
   // Rank 0: spawns membership and control port. `decided` below answers when the group has formed.
   [[nodiscard]] caf::actor open_control_port(std::chrono::milliseconds join_timeout);
+  // Rank 0 of a group that formed without messages: a control port that is open at once.
+  [[nodiscard]] caf::actor open_local_control_port(const caf::actor& gateway);
   // Rank 0: waits until all ranks are ready (or the group failed), then lets clients in.
   [[nodiscard]] caf::error await_cluster();
   // Tells rank 0's membership how loading went.

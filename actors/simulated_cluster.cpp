@@ -1,0 +1,222 @@
+#include "actors/simulated_cluster.hpp"
+
+#include "actors/membership.hpp"
+
+#include <caf/actor_cast.hpp>
+#include <caf/event_based_actor.hpp>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace troupe {
+
+void EventQueue::schedule(Nanoseconds delay, std::function<void()> deliver) {
+  events_.push({clock_.now() + delay, next_number_++, std::move(deliver)});
+}
+
+void EventQueue::run_next() {
+  const auto run = events_.top().run;
+  clock_.advance_to(events_.top().at);
+  events_.pop();
+  run();
+}
+
+// What clients saw; filled by an actor on rank 0's system.
+struct SimulatedCluster::Client {
+  caf::actor actor;
+  std::vector<SimulatedAnswer> answers;
+  std::map<RequestId, size_t> index;
+  size_t finished = 0;
+};
+
+struct SimulatedCluster::Member {
+  RankSystemConfig config{/*testing=*/true};
+  std::unique_ptr<caf::actor_system> system;
+  std::unique_ptr<Fabric> fabric;
+  std::unique_ptr<ComputeStream> stream;
+  std::unique_ptr<Rank> rank;
+
+  [[nodiscard]] caf::scheduler::test_coordinator& scheduler() const {
+    return dynamic_cast<caf::scheduler::test_coordinator&>(system->scheduler());
+  }
+};
+
+namespace {
+
+// Collects the news of the requests it submits; takes rows at once.
+caf::behavior simulated_client(caf::event_based_actor* self, caf::actor gateway, std::string token,
+                               std::vector<SimulatedAnswer>* answers,
+                               std::map<RequestId, size_t>* index, size_t* finished) {
+  const auto of = [=](RequestId id) -> SimulatedAnswer& { return (*answers)[index->at(id)]; };
+  return {
+    [=](const RequestSpec& spec) {
+      const size_t place = answers->size();
+      answers->emplace_back();
+      SubmitRequest submit{token, spec, caf::actor_cast<caf::actor>(self)};
+      self->request(gateway, caf::infinite, std::move(submit))
+        .await([=](RequestId id) { (*index)[id] = place; });
+    },
+    [=](const TokensReady& news) {
+      auto& answer = of(news.id);
+      answer.tokens.insert(answer.tokens.end(), news.tokens.begin(), news.tokens.end());
+      answer.prompt_logprobs.insert(answer.prompt_logprobs.end(), news.prompt_logprobs.begin(),
+                                    news.prompt_logprobs.end());
+    },
+    [=](const RowsReady& news) {
+      auto& rows = of(news.id).rows[news.name];
+      rows.insert(rows.end(), news.bytes.begin(), news.bytes.end());
+      self->send(gateway, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
+    },
+    [=](const RequestDone& done) {
+      auto& answer = of(done.id);
+      answer.done = done;
+      answer.finished = true;
+      ++*finished;
+    },
+  };
+}
+
+} // namespace
+
+SimulatedCluster::SimulatedCluster(const SimulationOptions& options)
+    : options_(options), events_(clock_), random_(options.seed, 1) {}
+
+caf::expected<std::unique_ptr<SimulatedCluster>>
+SimulatedCluster::start(const SimulationOptions& options,
+                        std::shared_ptr<const Checkpoint> checkpoint) {
+  std::unique_ptr<SimulatedCluster> cluster{new SimulatedCluster{options}};
+  if (auto error = cluster->form(std::move(checkpoint)))
+    return error;
+  return cluster;
+}
+
+caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) {
+  const auto num_ranks = options_.cluster.shape.num_ranks;
+  auto network = options_.network;
+  network.seed = options_.seed;
+  hub_ = LoopbackHub::simulated(num_ranks, events_, network);
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    auto member = std::make_unique<Member>();
+    member->system = std::make_unique<caf::actor_system>(member->config);
+    FabricOptions fabric;
+    fabric.self = RankId{r};
+    fabric.incarnation = 1;
+    fabric.cluster_token = options_.cluster.cluster_token;
+    fabric.heartbeat_period_ms = 0;
+    fabric.pool = BufferPool::make(size_t{1} << 30);
+    member->fabric = hub_->endpoint(fabric);
+    member->stream = make_inline_stream(
+      [this](Nanoseconds delay, std::function<void()> done) {
+        events_.schedule(delay, std::move(done));
+      },
+      [this](const char*) {
+        return Nanoseconds{static_cast<int64_t>(
+          random_.below(static_cast<uint64_t>(2 * options_.mean_job.count()) + 1))};
+      });
+    auto rank = Rank::make(
+      RankId{r}, options_.cluster, checkpoint,
+      {member->system.get(), member->fabric.get(), member->stream.get(), &clock_});
+    if (!rank)
+      return rank.error();
+    member->rank = std::move(*rank);
+    member->rank->supervise([this](const caf::error& why) {
+      if (why && !failed_)
+        failed_ = why;
+    });
+    if (auto error = member->fabric->start(&member->rank->postman()))
+      return error;
+    members_.push_back(std::move(member));
+  }
+  auto group = start_forming(members_[0]->rank->planned_view());
+  for (auto& member : members_)
+    group = advance(std::move(group), member->rank->join_request());
+  if (group.phase != FormingPhase::loading)
+    return make_error(Errc::mismatch, group.why);
+  for (auto& member : members_)
+    if (auto error = member->rank->start(Welcome{group.view}, {}))
+      return error;
+  client_ = std::make_shared<Client>();
+  client_->actor = members_[0]->system->spawn(
+    simulated_client, members_[0]->rank->open_gateway(), options_.cluster.cluster_token,
+    &client_->answers, &client_->index, &client_->finished);
+  return {};
+}
+
+void SimulatedCluster::submit(RequestSpec spec) {
+  ++num_submitted_;
+  caf::anon_send(client_->actor, std::move(spec));
+}
+
+// Runs one ready actor, chosen by the seed, or else the next event. False when nothing is left.
+bool SimulatedCluster::step() {
+  std::vector<size_t> ready;
+  for (size_t r = 0; r < members_.size(); ++r)
+    if (members_[r]->scheduler().has_job())
+      ready.push_back(r);
+  // Events are let in among ready actors, too: on real ranks they do not wait for each other.
+  const bool event = !events_.empty() && (ready.empty() || random_.below(8) == 0);
+  if (event) {
+    events_.run_next();
+    return true;
+  }
+  if (ready.empty())
+    return false;
+  const size_t r = ready[random_.below(ready.size())];
+  auto& scheduler = members_[r]->scheduler();
+  const auto chosen = random_.below(scheduler.jobs.size());
+  std::rotate(scheduler.jobs.begin(), scheduler.jobs.begin() + static_cast<std::ptrdiff_t>(chosen),
+              scheduler.jobs.begin() + static_cast<std::ptrdiff_t>(chosen) + 1);
+  trace_hash_ = (trace_hash_ ^ (r * 1024 + chosen)) * 1099511628211u;
+  scheduler.run_once();
+  return true;
+}
+
+caf::error SimulatedCluster::run() {
+  for (;;) {
+    if (failed_)
+      return failed_;
+    if (client_->finished == num_submitted_)
+      return {};
+    if (++num_steps_ > options_.max_events)
+      return make_error(Errc::timeout, "the simulation does not come to an end");
+    if (!step())
+      return make_error(Errc::timeout,
+                        fmt::format("nothing can happen any more, and {} requests wait",
+                                    num_submitted_ - client_->finished));
+  }
+}
+
+const std::vector<SimulatedAnswer>& SimulatedCluster::answers() const { return client_->answers; }
+
+Rank& SimulatedCluster::rank(size_t r) { return *members_.at(r)->rank; }
+
+// Lets everything that is still on its way arrive.
+void SimulatedCluster::drain() {
+  for (uint64_t i = 0; i < options_.max_events && step(); ++i) {
+  }
+}
+
+SimulatedCluster::~SimulatedCluster() {
+  if (client_ && client_->actor) {
+    caf::anon_send_exit(client_->actor, caf::exit_reason::user_shutdown);
+    client_->actor = nullptr;
+  }
+  for (auto& member : members_)
+    if (member->rank)
+      member->rank->stop();
+  drain();
+  for (auto& member : members_)
+    if (member->fabric)
+      member->fabric->stop(false, 0);
+  drain();
+  for (auto& member : members_) {
+    member->rank.reset();
+    member->stream.reset();
+    member->fabric.reset();
+    member->system.reset();
+  }
+}
+
+} // namespace troupe

@@ -1,0 +1,106 @@
+// A whole cluster on one thread from one seed: the unchanged production actors, on virtual time.
+//
+// Each rank has its own actor system with CAF's testing scheduler; messages between ranks go through
+// the loopback fabric, whose deliveries, and the ends of compute jobs, are events on one virtual clock.
+// The seed picks which ready actor runs next, how long a message travels and whether it is duplicated.
+// Same seed and same code: same run, down to the last message.
+#pragma once
+
+#include "actors/rank.hpp"
+#include "config/clock.hpp"
+#include "config/random.hpp"
+#include "transport/loopback_fabric.hpp"
+
+#include <caf/scheduler/test_coordinator.hpp>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <queue>
+#include <string>
+#include <vector>
+
+namespace troupe {
+
+// Events in virtual time; ties in the order they were scheduled.
+class EventQueue final : public DeliveryScheduler {
+ public:
+  explicit EventQueue(VirtualClock& clock) : clock_(clock) {}
+  void schedule(Nanoseconds delay, std::function<void()> deliver) override;
+  [[nodiscard]] bool empty() const { return events_.empty(); }
+  // Moves the clock to the next event and runs it. Not when empty.
+  void run_next();
+
+ private:
+  struct Event {
+    Nanoseconds at;
+    uint64_t number;
+    std::function<void()> run;
+  };
+  struct Later {
+    bool operator()(const Event& a, const Event& b) const {
+      return std::tie(a.at, a.number) > std::tie(b.at, b.number);
+    }
+  };
+  VirtualClock& clock_;
+  uint64_t next_number_ = 0;
+  std::priority_queue<Event, std::vector<Event>, Later> events_;
+};
+
+struct SimulationOptions {
+  ClusterOptions cluster;
+  uint64_t seed = 1;
+  LoopbackPolicy network;                    // delays, duplicates, reordering
+  Nanoseconds mean_job{50'000};              // virtual cost of a compute job; drawn from 0 to twice this
+  uint64_t max_events = 50'000'000;          // a run that needs more has lost its way
+};
+
+// What became of a request.
+struct SimulatedAnswer {
+  std::vector<int32_t> tokens;
+  std::vector<double> prompt_logprobs;
+  std::map<std::string, std::vector<uint8_t>> rows; // "logits", "hidden.3": F32, in row order
+  RequestDone done;
+  bool finished = false;
+};
+
+class SimulatedCluster {
+ public:
+  [[nodiscard]] static caf::expected<std::unique_ptr<SimulatedCluster>>
+  start(const SimulationOptions& options, std::shared_ptr<const Checkpoint> checkpoint);
+  ~SimulatedCluster();
+
+  // Submits a request; its place in the returned order is its index in answers().
+  void submit(RequestSpec spec);
+  // Runs until every request is done or nothing can happen any more (then the error says who
+  // waits), or until a rank ends with an error.
+  [[nodiscard]] caf::error run();
+  [[nodiscard]] const std::vector<SimulatedAnswer>& answers() const;
+  [[nodiscard]] Rank& rank(size_t r);
+  [[nodiscard]] Nanoseconds now() const { return clock_.now(); }
+  // One number over every choice made so far: equal for equal runs.
+  [[nodiscard]] uint64_t trace_hash() const { return trace_hash_; }
+
+ private:
+  struct Member;
+  struct Client;
+  explicit SimulatedCluster(const SimulationOptions& options);
+  caf::error form(std::shared_ptr<const Checkpoint> checkpoint);
+  bool step();
+  void drain();
+
+  SimulationOptions options_;
+  VirtualClock clock_;
+  EventQueue events_;
+  KeyedStream random_;
+  std::unique_ptr<LoopbackHub> hub_;
+  std::vector<std::unique_ptr<Member>> members_;
+  std::shared_ptr<Client> client_;
+  caf::error failed_;
+  uint64_t trace_hash_ = 14695981039346656037u;
+  uint64_t num_steps_ = 0;
+  size_t num_submitted_ = 0;
+};
+
+} // namespace troupe
