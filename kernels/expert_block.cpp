@@ -119,7 +119,7 @@ caf::expected<Layout> expected_layout(const ModelConfig& config, const Arithmeti
                                       const Header& header) {
   auto parts = parts_of(config, header.layer, ExpertId{header.expert});
   if (!parts)
-    return std::move(parts.error());
+    return with_context("expert block", parts.error());
   FfnWeights weights;
   const auto matrices = matrices_of(weights);
   const std::array<const MatrixPart*, 3> wanted = {&parts->gate, &parts->up, &parts->down};
@@ -188,7 +188,7 @@ caf::expected<MemoryBlock> bind_block(Layout& layout) {
         memory.error());
   const auto matrices = matrices_of(layout.weights);
   for (size_t i = 0; i < matrices.size(); ++i)
-    bind(*matrices[i], memory->data() + layout.header.matrices[i].offset);
+    troupe::bind(*matrices[i], memory->data() + layout.header.matrices[i].offset);
   return memory;
 }
 

@@ -273,7 +273,7 @@ void TrunkLoader::matrix(const MatrixPart& part, PackedMatrix& out) {
     return;
   out = m.packed;
   reserve(packed_bytes(out), [this, m = std::move(m), &out](std::byte* memory) {
-    bind(out, memory);
+    troupe::bind(out, memory);
     pack_in_jobs(plan_, m, memory);
   });
 }
@@ -329,18 +329,18 @@ void TrunkLoader::describe_kv_b(const std::string& name, AttentionWeights& atten
   reserve(whole_bytes + heads * (key_bytes + value_bytes),
           [=, this, &attention](std::byte* memory) {
             attention.kv_b = m.packed;
-            bind(attention.kv_b, memory);
+            troupe::bind(attention.kv_b, memory);
             std::byte* const keys = memory + whole_bytes;
             std::byte* const values = keys + heads * key_bytes;
             for (int64_t h = 0; h < heads; ++h) {
               auto& w_uk_t = attention.w_uk_t.emplace_back(key);
               w_uk_t.k0 = into_block + h * per_head;
-              bind(w_uk_t, keys + h * key_bytes);
+              troupe::bind(w_uk_t, keys + h * key_bytes);
               if (views) {
                 attention.w_uv.push_back(panels_of(attention.kv_b, h * per_head + nope, v));
               } else {
                 attention.w_uv.push_back(value);
-                bind(attention.w_uv.back(), values + h * value_bytes);
+                troupe::bind(attention.w_uv.back(), values + h * value_bytes);
               }
             }
             plan_.release_at_end(m.scales);
