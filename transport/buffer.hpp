@@ -21,8 +21,19 @@ enum class MemoryKind : uint8_t { host, pinned, device };
 
 class BufferPool;
 
+// Where a pool's memory comes from. A backend supplies one for pinned or device memory.
+// Callable from any thread; outlives the pool.
+class MemorySource {
+public:
+  virtual ~MemorySource() = default;
+  [[nodiscard]] virtual MemoryKind kind() const = 0;
+  // At least 64-byte aligned; null when there is none.
+  [[nodiscard]] virtual void* allocate(size_t bytes) = 0;
+  virtual void deallocate(void* memory, size_t bytes) noexcept = 0;
+};
+
 class Buffer {
- public:
+public:
   [[nodiscard]] std::byte* data() { return data_; }
   [[nodiscard]] const std::byte* data() const { return data_; }
   [[nodiscard]] size_t size() const { return size_; }         // bytes in use
@@ -33,7 +44,7 @@ class Buffer {
   [[nodiscard]] std::span<std::byte> bytes() { return {data_, size_}; }
   [[nodiscard]] std::span<const std::byte> bytes() const { return {data_, size_}; }
 
- private:
+private:
   friend class BufferPool;
   friend class BufferRef;
   Buffer() = default;
@@ -49,7 +60,7 @@ class Buffer {
 
 // Shared ownership of a Buffer; the last one gives it back to its pool.
 class BufferRef {
- public:
+public:
   BufferRef() = default;
   BufferRef(const BufferRef& other) noexcept : ptr_(other.ptr_) { retain(); }
   BufferRef(BufferRef&& other) noexcept : ptr_(std::exchange(other.ptr_, nullptr)) {}
@@ -64,7 +75,7 @@ class BufferRef {
   [[nodiscard]] Buffer* get() const { return ptr_; }
   friend bool operator==(const BufferRef& a, const BufferRef& b) { return a.ptr_ == b.ptr_; }
 
- private:
+private:
   friend class BufferPool;
   explicit BufferRef(Buffer* ptr) noexcept : ptr_(ptr) { retain(); }
   void retain() noexcept {
@@ -76,7 +87,7 @@ class BufferRef {
 };
 
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
- public:
+public:
   struct Stats {
     size_t bytes_lent = 0;   // capacity of the buffers now in use
     size_t bytes_pooled = 0; // capacity kept for reuse
@@ -84,16 +95,23 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
     uint64_t refused = 0;
   };
   // At most `limit_bytes` are owned (lent + pooled) at any time.
-  static std::shared_ptr<BufferPool> make(size_t limit_bytes, MemoryKind kind = MemoryKind::host);
+  // Memory that was given back is kept warm for the next, and freed only to make room for another
+  // size. `source` null: host memory.
+  static std::shared_ptr<BufferPool> make(size_t limit_bytes, MemorySource* source = nullptr);
   ~BufferPool();
   // A buffer of `size` bytes, contents undefined. Errc::out_of_memory past the limit.
   [[nodiscard]] caf::expected<BufferRef> acquire(size_t size);
   [[nodiscard]] Stats stats() const;
+  [[nodiscard]] size_t limit() const;
+  // Bytes that a buffer of `size` bytes takes of the limit: at most a quarter more, at least 256.
+  [[nodiscard]] static size_t capacity_for(size_t size);
 
- private:
+private:
   friend class BufferRef;
   struct Impl;
   explicit BufferPool(std::unique_ptr<Impl> impl);
+  [[nodiscard]] Buffer* create(size_t size, size_t capacity);
+  void destroy(Buffer* buffer) noexcept;
   void give_back(Buffer* buffer) noexcept;
   std::unique_ptr<Impl> impl_;
 };

@@ -27,9 +27,10 @@ struct Envelope {
 };
 
 // Where a fabric reports. Called on the fabric's own progress thread (loopback in a simulation:
-// on the simulator's thread); must not block or throw.
+// on the simulator's thread; with several channels, on one thread per peer); must not block, throw
+// or stop the fabric. A payload that came in is read-only: on the loopback it is the sender's own.
 class FabricSink {
- public:
+public:
   virtual ~FabricSink() = default;
   virtual void on_message(Envelope message) = 0;
   // The peer's connection broke or its heartbeats stopped: a suspicion, not a verdict.
@@ -43,30 +44,35 @@ class FabricSink {
 struct FabricStats {
   uint64_t bytes_sent = 0, bytes_received = 0; // headers included
   uint64_t messages_sent = 0, messages_received = 0;
-  uint64_t refused = 0; // messages dropped for a bad header, token or checksum
-  size_t queued_bytes = 0;
+  uint64_t refused = 0;     // messages dropped for a bad header, token or checksum
+  size_t queued_bytes = 0;  // sent, and not yet delivered as far as this side knows
+  size_t waiting_bytes = 0; // arrived, waiting for room in the pool
 };
 
 struct FabricOptions {
   RankId self;
   uint32_t incarnation = 0;
   std::string cluster_token;
-  std::shared_ptr<BufferPool> pool;           // receives land here
-  size_t credit_bytes = size_t{64} << 20;     // unacknowledged bytes per peer before refusal
-  int64_t heartbeat_period_ms = 100;          // 0: none
+  std::shared_ptr<BufferPool> pool;       // receives land here
+  size_t credit_bytes = size_t{64} << 20; // unacknowledged bytes per peer before refusal
+  int64_t heartbeat_period_ms = 100;      // 0: none
   int64_t heartbeat_timeout_ms = 2000;
-  int heartbeat_neighbours = 2;               // how many following ranks each rank watches
+  int heartbeat_neighbours = 2; // how many following ranks each rank watches
 };
 
+// Errc::invalid_argument with the option that makes no sense.
+[[nodiscard]] caf::error check(const FabricOptions& options);
+
 class Fabric {
- public:
+public:
   virtual ~Fabric() = default;
   [[nodiscard]] virtual RankId self() const = 0;
   // What others need to reach this rank; opaque bytes, exchanged when joining.
   [[nodiscard]] virtual std::string address() const = 0;
   // Starts progress; `sink` outlives the fabric.
   virtual caf::error start(FabricSink* sink) = 0;
-  // Makes `peer` reachable. Idempotent for an equal address and incarnation.
+  // Makes `peer` reachable; after `start`. Idempotent for an equal address and incarnation. A peer
+  // that was lost comes back only as a new incarnation: Errc::peer_lost for the old one.
   virtual caf::error connect(RankId peer, uint32_t incarnation, const std::string& address) = 0;
   // Sets the epoch stamped on outgoing headers.
   virtual void set_epoch(uint64_t epoch) = 0;

@@ -1,8 +1,16 @@
 // The fixed header in front of every message between ranks, and its decoder.
 //
-// Layout: 96 bytes, little-endian, no padding; the CRC covers the 92 bytes before it. A decoder
-// survives any bytes: it checks magic, version, kind, lengths and CRC before anything is
-// believed. The epoch fences votes and ownership, the slot version inside a dispatch fences
+// Layout: 96 bytes, little-endian; the CRC-32C covers the 92 bytes before it. A decoder survives
+// any bytes: it checks length, magic, version, CRC, kind, ranks and sizes before anything is
+// believed.
+//
+//    0 u32 magic         16 u64 cluster      40 u64 step       64 u64 payload_bytes
+//    4 u16 version       24 u64 epoch        48 u32 layer      72 u64 payload_checksum
+//    6 u16 kind          32 i32 source       52 u32 attempt    80 u64 sequence
+//    8 u16 flags         36 i32 destination  56 u64 aux        88 u32 0
+//   10 u16 0                                                   92 u32 CRC-32C
+//   12 u32 incarnation
+// The epoch fences votes and ownership, the slot version inside a dispatch fences
 // weights (contract, Agreement; architecture, section 3).
 #pragma once
 
@@ -28,18 +36,20 @@ enum class WireKind : uint16_t {
   goodbye,   // a clean leave: the silence that follows is no failure
   credit,    // `aux` more bytes may be sent
   // Between actors.
-  dispatch,    // attention or forwarder -> expert shard: rows, gate weights, index table
-  combine,     // expert shard or forwarder -> source: rows by slot or by complete gate group
-  forward,     // attention -> forwarder of a node (two-hop dispatch)
-  step_plan,   // TP leader -> siblings: the rows of a step
-  partial,     // TP sibling -> siblings: FP32 partial sums of a K-cut matrix
-  gathered,    // TP sibling -> siblings: rows it combined
-  control,     // a serialized control message (requests, tokens, shutdown, agreement)
-  bulk,        // large answers to a client: logits, hidden states
+  dispatch,  // attention or forwarder -> expert shard: rows, gate weights, index table
+  combine,   // expert shard or forwarder -> source: rows by slot or by complete gate group
+  forward,   // attention -> forwarder of a node (two-hop dispatch)
+  step_plan, // TP leader -> siblings: the rows of a step
+  partial,   // TP sibling -> siblings: FP32 partial sums of a K-cut matrix
+  gathered,  // TP sibling -> siblings: rows it combined
+  control,   // a serialized control message (requests, tokens, shutdown, agreement)
+  bulk,      // large answers to a client: logits, hidden states
 };
 
 // True for kinds whose payload carries a checksum (all but the fabric's own, payload-free ones).
 [[nodiscard]] bool kind_has_payload_checksum(WireKind kind);
+// True for kinds that an actor gets, in order and against credit.
+[[nodiscard]] bool kind_is_for_actors(WireKind kind);
 
 struct WireHeader {
   WireKind kind = WireKind::heartbeat;
@@ -56,6 +66,9 @@ struct WireHeader {
   uint64_t aux = 0; // kind-specific
   uint64_t payload_bytes = 0;
   uint64_t payload_checksum = 0; // XXH3-64 of the payload, 0 where the kind has none
+  // Place among the messages from source to destination, from 0: they are delivered in this order.
+  // 0 for heartbeats, credits and hellos, which stand outside it.
+  uint64_t sequence = 0;
 };
 
 using EncodedHeader = std::array<std::byte, kWireHeaderBytes>;
@@ -63,5 +76,7 @@ using EncodedHeader = std::array<std::byte, kWireHeaderBytes>;
 // Errc::malformed with the field that is wrong.
 [[nodiscard]] caf::expected<WireHeader> decode_header(std::span<const std::byte> bytes);
 [[nodiscard]] uint64_t payload_checksum(std::span<const std::byte> payload);
+// CRC-32C (Castagnoli), as iSCSI and ext4 use it: crc32c("123456789") is 0xE3069283.
+[[nodiscard]] uint32_t crc32c(std::span<const std::byte> bytes);
 
 } // namespace troupe
