@@ -73,4 +73,10 @@ class ComputeStream {
 // most one chunk. The destructor finishes the jobs already started.
 [[nodiscard]] std::unique_ptr<ComputeStream> make_cpu_stream(int num_threads);
 
+// A stream for simulations: a job runs at once on the calling thread, its end is scheduled
+// `cost(name)` later. Ends come in the order of the starts.
+[[nodiscard]] std::unique_ptr<ComputeStream>
+make_inline_stream(std::function<void(Nanoseconds delay, std::function<void()> done)> schedule,
+                   std::function<Nanoseconds(const char* name)> cost);
+
 } // namespace troupe
