@@ -2,6 +2,7 @@
 // in one block of memory, the second, run as a LoadPlan, fills the places. MTP's copies of the
 // embedding and the head come last: they are converted into scratch and compared with what the main
 // ones became, and get memory of their own only where they differ.
+#include "kernels/kv_b_forms.hpp"
 #include "kernels/load_plan.hpp"
 #include "kernels/weight_source.hpp"
 #include "kernels/weights.hpp"
@@ -41,81 +42,6 @@ void convert(const std::byte* src, DType from, int64_t n, DType to, std::byte* o
 
 int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// Rows [row0, row0 + rows) of a row-major matrix, transposed, with its block scales. The rows are
-// rounded outward to whole scale blocks, so that the blocks stay those of the whole matrix.
-class Transposed {
-public:
-  explicit Transposed(const WeightSource& from) {
-    const int64_t begin = round_down(from.row0, from.block_rows);
-    const int64_t end = std::min(round_up(from.row0 + from.rows, from.block_rows), from.total_rows);
-    source_ = from;
-    source_.total_rows = from.total_cols;
-    source_.total_cols = end - begin;
-    source_.row0 = 0;
-    source_.rows = from.total_cols;
-    source_.col0 = from.row0 - begin;
-    source_.cols = from.rows;
-    std::swap(source_.block_rows, source_.block_cols);
-    data_.resize(
-        static_cast<size_t>(source_.total_rows * source_.total_cols * size_of(from.dtype)));
-    transpose(from.data, size_of(from.dtype), begin, end, from.total_cols, data_.data());
-    source_.data = data_.data();
-    if (from.scales == nullptr)
-      return;
-    const int64_t scale_cols = round_up(from.total_cols, from.block_cols) / from.block_cols;
-    const int64_t scale_begin = begin / from.block_rows;
-    const int64_t scale_end = round_up(end, from.block_rows) / from.block_rows;
-    scales_.resize(static_cast<size_t>(scale_cols * (scale_end - scale_begin) * 4));
-    transpose(from.scales, 4, scale_begin, scale_end, scale_cols, scales_.data());
-    source_.scales = scales_.data();
-  }
-  // Columns are the rows of the original from a block boundary on; row0 of the original is col0.
-  [[nodiscard]] const WeightSource& source() const { return source_; }
-
-private:
-  // out[c][r - begin] = in[r][c] in tiles that stay in the cache.
-  static void transpose(const std::byte* in, int64_t element, int64_t begin, int64_t end,
-                        int64_t cols, std::byte* out) {
-    switch (element) {
-    case 1:
-      return transpose_of<1>(in, begin, end, cols, out);
-    case 2:
-      return transpose_of<2>(in, begin, end, cols, out);
-    default:
-      return transpose_of<4>(in, begin, end, cols, out);
-    }
-  }
-  template <size_t Element>
-  static void transpose_of(const std::byte* in, int64_t begin, int64_t end, int64_t cols,
-                           std::byte* out) {
-    constexpr int64_t kTile = 32;
-    const int64_t rows = end - begin;
-    for (int64_t r0 = begin; r0 < end; r0 += kTile)
-      for (int64_t c0 = 0; c0 < cols; c0 += kTile)
-        for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c)
-          for (int64_t r = r0; r < std::min(r0 + kTile, end); ++r)
-            std::memcpy(out + static_cast<size_t>(c * rows + (r - begin)) * Element,
-                        in + static_cast<size_t>(r * cols + c) * Element, Element);
-  }
-
-  WeightSource source_;
-  std::vector<std::byte> data_, scales_;
-};
-
-// Rows [row0, row0 + rows) of a packed matrix without copying; row0 is a panel boundary.
-PackedMatrix panels_of(const PackedMatrix& whole, int64_t row0, int64_t rows) {
-  const auto* const scales = reinterpret_cast<const std::byte*>(whole.scales);
-  const int64_t data_bytes = scales == nullptr ? packed_bytes(whole) : scales - whole.data;
-  const int64_t scale_bytes = packed_bytes(whole) - data_bytes;
-  const int64_t panel = row0 / kPanelRows;
-  auto view = whole;
-  view.n = rows;
-  view.data = whole.data + panel * (data_bytes / whole.panels());
-  if (scales != nullptr)
-    view.scales = reinterpret_cast<const float*>(scales + panel * (scale_bytes / whole.panels()));
-  return view;
-}
 
 class TrunkLoader {
 public:
@@ -299,74 +225,27 @@ void TrunkLoader::describe_attention(const std::string& prefix, AttentionWeights
   matrix(o, attention.o);
 }
 
-// kv_b whole for the naive form, and per head its two row blocks for the absorbed one.
 void TrunkLoader::describe_kv_b(const std::string& name, AttentionWeights& attention) {
   const auto& c = config_;
   const int64_t heads = c.num_attention_heads / share_.tp;
-  const int64_t nope = c.qk_nope_head_dim, v = c.v_head_dim, per_head = nope + v;
+  const int64_t per_head = c.qk_nope_head_dim + c.v_head_dim;
   auto part = whole_matrix(name, c.num_attention_heads * per_head, c.kv_lora_rank);
   part.rows = heads * per_head;
   part.row0 = share_.tp_rank * part.rows;
   auto m = sources_.matrix(part);
   if (sources_.error())
     return;
-
-  // The transposed matrix starts at a scale block, as Transposed cuts it.
-  const int64_t into_block = part.row0 % m.source.block_rows;
-  PackedMatrix key;
-  key.n = c.kv_lora_rank;
-  key.k = nope;
-  key.dtype = m.packed.dtype;
-  key.segments = whole_k(nope);
-  key.block_k = m.source.block_rows;
-  PackedMatrix value = m.packed;
-  value.n = v;
-  const bool views = nope % kPanelRows == 0 && v % kPanelRows == 0;
-
-  const int64_t whole_bytes = round_up(packed_bytes(m.packed), 64);
-  const int64_t key_bytes = round_up(packed_bytes(key), 64);
-  const int64_t value_bytes = views ? 0 : round_up(packed_bytes(value), 64);
-  reserve(whole_bytes + heads * (key_bytes + value_bytes),
-          [=, this, &attention](std::byte* memory) {
-            attention.kv_b = m.packed;
-            troupe::bind(attention.kv_b, memory);
-            std::byte* const keys = memory + whole_bytes;
-            std::byte* const values = keys + heads * key_bytes;
-            for (int64_t h = 0; h < heads; ++h) {
-              auto& w_uk_t = attention.w_uk_t.emplace_back(key);
-              w_uk_t.k0 = into_block + h * per_head;
-              troupe::bind(w_uk_t, keys + h * key_bytes);
-              if (views) {
-                attention.w_uv.push_back(panels_of(attention.kv_b, h * per_head + nope, v));
-              } else {
-                attention.w_uv.push_back(value);
-                troupe::bind(attention.w_uv.back(), values + h * value_bytes);
-              }
-            }
-            plan_.release_at_end(m.scales);
-            const int64_t row_bytes = c.kv_lora_rank * size_of(m.source.dtype);
-            plan_.add({{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},
-                      [=, &attention]() -> caf::error {
-                        auto whole = m.packed;
-                        pack(whole, {&m.source, 1}, memory, 0, whole.panels());
-                        const Transposed transposed{m.source};
-                        for (int64_t h = 0; h < heads; ++h) {
-                          auto source = transposed.source();
-                          source.col0 += h * per_head;
-                          source.cols = nope;
-                          auto packed = attention.w_uk_t[static_cast<size_t>(h)];
-                          pack(packed, {&source, 1}, keys + h * key_bytes, 0, packed.panels());
-                          if (views)
-                            continue;
-                          auto rows = m.source;
-                          rows.row0 += h * per_head + nope;
-                          rows.rows = v;
-                          packed = value;
-                          pack(packed, {&rows, 1}, values + h * value_bytes, 0, packed.panels());
-                        }
-                        return {};
-                      });
-          });
+  const auto forms = std::make_shared<const KvBForms>(m, heads, c.qk_nope_head_dim, c.v_head_dim);
+  reserve(forms->bytes(), [=, this, &attention](std::byte* memory) {
+    forms->bind(memory, attention);
+    plan_.release_at_end(m.scales);
+    const int64_t row_bytes = c.kv_lora_rank * size_of(m.source.dtype);
+    plan_.add({{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},
+              [forms, memory]() -> caf::error {
+                forms->pack(memory);
+                return {};
+              });
+  });
 }
 
 // A dense or shared FFN: this rank's segments where there are enough for all, else all of it.
