@@ -600,6 +600,8 @@ void BlockRunner::finish(const caf::error& error) {
   auto& s = *state_;
   s.busy = false;
   s.last_walk = s.walk.id;
+  std::erase_if(s.from_siblings,
+                [&](const auto& kept) { return std::get<0>(kept.first) <= s.last_walk; });
   s.answers.clear();
   s.walk = {};
   const auto done = std::move(s.done);

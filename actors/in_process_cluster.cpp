@@ -8,7 +8,7 @@
 namespace troupe {
 
 struct InProcessCluster::Hub {
-  std::unique_ptr<LoopbackHub> loopback;
+  std::shared_ptr<LoopbackHub> loopback;
 };
 
 caf::expected<std::unique_ptr<InProcessCluster>>
@@ -26,8 +26,10 @@ InProcessCluster::start(const ClusterOptions& options) {
     fabric.cluster_token = options.cluster_token;
     fabric.heartbeat_period_ms = 0; // ranks of one process live and die together
     fabric.pool = BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options.limits));
-    auto host =
-      RankHost::make(RankId{r}, options, *checkpoint, cluster->hub_->loopback->endpoint(fabric));
+    auto endpoint = cluster->hub_->loopback->endpoint(fabric);
+    if (!endpoint)
+      return endpoint.error();
+    auto host = RankHost::make(RankId{r}, options, *checkpoint, std::move(*endpoint));
     if (!host)
       return host.error();
     if (auto error = (*host)->start_fabric())

@@ -64,10 +64,35 @@ void Postman::send_control(RankId to, Route route_to, caf::message message) {
   std::memcpy((*buffer)->data(), bytes.data(), bytes.size());
   WireHeader header;
   header.kind = WireKind::control;
+  const std::lock_guard lock{control_mutex_};
+  header.aux = next_sent_[to]++;
   post(to, route_to, header, std::move(*buffer));
 }
 
-void Postman::deliver_control(const Envelope& envelope, const caf::actor& target) {
+// Far more than are ever under way between two ranks; a peer that skips numbers can't fill memory.
+constexpr size_t kMaxEarly = 1024;
+
+void Postman::take_control(Envelope envelope) {
+  const std::lock_guard lock{control_mutex_};
+  auto& inbox = inbox_[envelope.header.source];
+  const uint64_t number = envelope.header.aux;
+  if (number < inbox.next || inbox.early.size() >= kMaxEarly)
+    return;
+  inbox.early.emplace(number, std::move(envelope));
+  for (auto first = inbox.early.begin();
+       first != inbox.early.end() && first->first == inbox.next; first = inbox.early.begin()) {
+    deliver_control(first->second);
+    inbox.early.erase(first);
+    ++inbox.next;
+  }
+}
+
+void Postman::deliver_control(const Envelope& envelope) {
+  const auto to = envelope.header.flags;
+  const auto target = to < kNumRoutes ? route(static_cast<Route>(to)) : caf::actor{};
+  if (!target)
+    return on_refused(make_error(Errc::malformed, fmt::format("message from rank {} for nobody",
+                                                              envelope.header.source.value)));
   caf::message message;
   if (envelope.payload) {
     const auto bytes = envelope.payload->bytes();
@@ -83,6 +108,8 @@ void Postman::deliver_control(const Envelope& envelope, const caf::actor& target
 }
 
 void Postman::on_message(Envelope message) {
+  if (message.header.kind == WireKind::control)
+    return take_control(std::move(message));
   Route to = static_cast<Route>(message.header.flags);
   if (message.header.kind == WireKind::dispatch)
     to = Route::expert_shard;
@@ -94,10 +121,7 @@ void Postman::on_message(Envelope message) {
                                                        message.header.source.value)));
     return;
   }
-  if (message.header.kind == WireKind::control)
-    deliver_control(message, target);
-  else
-    caf::anon_send(target, std::move(message));
+  caf::anon_send(target, std::move(message));
 }
 
 void Postman::on_peer_lost(RankId peer, const caf::error& why) { report(peer, why); }

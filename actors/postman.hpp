@@ -1,6 +1,9 @@
 // Takes messages from the fabric to the actors of a rank, and theirs to other ranks.
 //
-// A message to this rank itself never touches the fabric. Callable from any thread.
+// A message to this rank itself never touches the fabric. Control messages between two ranks are
+// numbered and handed on once and in order, whatever the fabric does with them; envelopes carry
+// their own ids (dispatch id, walk), and who gets one twice drops the second. Callable from any
+// thread.
 #pragma once
 
 #include "actors/messages.hpp"
@@ -12,6 +15,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <mutex>
 
 namespace troupe {
@@ -56,7 +60,8 @@ class Postman final : public FabricSink {
 
  private:
   void send_control(RankId to, Route route, caf::message message);
-  void deliver_control(const Envelope& envelope, const caf::actor& target);
+  void take_control(Envelope envelope);
+  void deliver_control(const Envelope& envelope);
   void report(RankId peer, const caf::error& why);
 
   caf::actor_system& system_;
@@ -64,6 +69,14 @@ class Postman final : public FabricSink {
   Fabric* fabric_ = nullptr; // set before the fabric starts
   mutable std::mutex mutex_;
   std::array<caf::actor, kNumRoutes> routes_;
+  // Numbering of control messages, by peer.
+  std::mutex control_mutex_; // held while one is handed on, so that their order is kept
+  std::map<RankId, uint64_t> next_sent_;
+  struct Inbox {
+    uint64_t next = 0;
+    std::map<uint64_t, Envelope> early;
+  };
+  std::map<RankId, Inbox> inbox_;
 };
 
 } // namespace troupe

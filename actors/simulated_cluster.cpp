@@ -80,11 +80,11 @@ caf::behavior simulated_client(caf::event_based_actor* self, caf::actor gateway,
 
 } // namespace
 
-SimulatedCluster::SimulatedCluster(const SimulationOptions& options)
+SimulatedCluster::SimulatedCluster(const SimulatedClusterOptions& options)
     : options_(options), events_(clock_), random_(options.seed, 1) {}
 
 caf::expected<std::unique_ptr<SimulatedCluster>>
-SimulatedCluster::start(const SimulationOptions& options,
+SimulatedCluster::start(const SimulatedClusterOptions& options,
                         std::shared_ptr<const Checkpoint> checkpoint) {
   std::unique_ptr<SimulatedCluster> cluster{new SimulatedCluster{options}};
   if (auto error = cluster->form(std::move(checkpoint)))
@@ -94,8 +94,9 @@ SimulatedCluster::start(const SimulationOptions& options,
 
 caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) {
   const auto num_ranks = options_.cluster.shape.num_ranks;
-  auto network = options_.network;
+  SimulationOptions network;
   network.seed = options_.seed;
+  network.links = options_.links;
   hub_ = LoopbackHub::simulated(num_ranks, events_, network);
   for (int32_t r = 0; r < num_ranks; ++r) {
     auto member = std::make_unique<Member>();
@@ -106,7 +107,10 @@ caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) 
     fabric.cluster_token = options_.cluster.cluster_token;
     fabric.heartbeat_period_ms = 0;
     fabric.pool = BufferPool::make(size_t{1} << 30);
-    member->fabric = hub_->endpoint(fabric);
+    auto endpoint = hub_->endpoint(fabric);
+    if (!endpoint)
+      return endpoint.error();
+    member->fabric = std::move(*endpoint);
     member->stream = make_inline_stream(
       [this](Nanoseconds delay, std::function<void()> done) {
         events_.schedule(delay, std::move(done));

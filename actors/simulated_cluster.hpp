@@ -19,6 +19,7 @@
 #include <memory>
 #include <queue>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace troupe {
@@ -48,10 +49,10 @@ class EventQueue final : public DeliveryScheduler {
   std::priority_queue<Event, std::vector<Event>, Later> events_;
 };
 
-struct SimulationOptions {
+struct SimulatedClusterOptions {
   ClusterOptions cluster;
   uint64_t seed = 1;
-  LoopbackPolicy network;                    // delays, duplicates, reordering
+  LinkPolicy links;                          // delays, duplicates, reordering
   Nanoseconds mean_job{50'000};              // virtual cost of a compute job; drawn from 0 to twice this
   uint64_t max_events = 50'000'000;          // a run that needs more has lost its way
 };
@@ -68,7 +69,7 @@ struct SimulatedAnswer {
 class SimulatedCluster {
  public:
   [[nodiscard]] static caf::expected<std::unique_ptr<SimulatedCluster>>
-  start(const SimulationOptions& options, std::shared_ptr<const Checkpoint> checkpoint);
+  start(const SimulatedClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint);
   ~SimulatedCluster();
 
   // Submits a request; its place in the returned order is its index in answers().
@@ -85,16 +86,16 @@ class SimulatedCluster {
  private:
   struct Member;
   struct Client;
-  explicit SimulatedCluster(const SimulationOptions& options);
+  explicit SimulatedCluster(const SimulatedClusterOptions& options);
   caf::error form(std::shared_ptr<const Checkpoint> checkpoint);
   bool step();
   void drain();
 
-  SimulationOptions options_;
+  SimulatedClusterOptions options_;
   VirtualClock clock_;
   EventQueue events_;
   KeyedStream random_;
-  std::unique_ptr<LoopbackHub> hub_;
+  std::shared_ptr<LoopbackHub> hub_;
   std::vector<std::unique_ptr<Member>> members_;
   std::shared_ptr<Client> client_;
   caf::error failed_;

@@ -130,10 +130,11 @@ std::vector<ChatSegment> render_v3(const ChatFormat& format,
       outputs_open = true;
       out.token(kOutputBegin).text(m.content).token(kOutputEnd);
     } else if (m.role == ChatRole::assistant) {
-      if (!close_outputs())
+      const bool after_outputs = close_outputs();
+      if (!after_outputs)
         out.token(kAssistant);
-      out.text(format.drop_history_thinking ? without_thinking(m.content, true)
-                                            : std::string_view{m.content});
+      const bool drop = format.drop_history_thinking && !after_outputs; // as published
+      out.text(drop ? without_thinking(m.content, true) : std::string_view{m.content});
       if (!m.tool_calls.empty())
         write_fenced_calls(out, m.tool_calls);
       out.token(format.eos);

@@ -15,7 +15,7 @@ int64_t stored_k(const PackedMatrix& m) {
   int64_t length = 0;
   for (int s = 0; s < m.segments.count; ++s) {
     const int64_t k = m.segments.begin[s + 1] - m.segments.begin[s];
-    length += m.dtype == DType::f32 ? k : (k + 1) / 2 * 2;
+    length += (k + 1) / 2 * 2;
   }
   return length;
 }
@@ -153,7 +153,7 @@ void pack_elements(const PackedMatrix& m, const RowOf rows[], int64_t begin, int
     const auto& row = rows[r];
     float scale = 1;
     int64_t scale_of = -1;
-    for (int64_t i = 0; i < (m.dtype == DType::f32 ? k : (k + 1) / 2 * 2); ++i) {
+    for (int64_t i = 0; i < (k + 1) / 2 * 2; ++i) {
       float value = 0;
       if (row.source != nullptr && i < k)
         value = element(*row.source, row.row, row.source->col0 + begin + i);
