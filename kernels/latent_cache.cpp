@@ -22,7 +22,7 @@ LatentCache::make(const ModelConfig& config, DType a, int64_t num_layers, int64_
   if (!multiply(bytes, num_layers) || !multiply(bytes, num_pages) ||
       !multiply(bytes, kPageTokens * config.latent_dim()))
     return make_error(Errc::out_of_memory,
-                      fmt::format("a latent cache of {} layers and {} pages of {} positions is "
+                      fmt::format("latent cache of {} layers and {} pages of {} positions is "
                                   "larger than any memory",
                                   num_layers, num_pages, kPageTokens));
   auto memory = MemoryBlock::allocate(bytes);
