@@ -48,7 +48,7 @@ constexpr std::string_view kTrailingSpaceOnce = R"((?<!\s)\s+$)";
 
 // Bounds of one text of n bytes; far above what any published pattern needs.
 constexpr uint64_t kBaseSteps = 1'000'000;
-constexpr uint64_t kStepsPerByte = 256;
+constexpr uint64_t kStepsPerByte = 128;
 constexpr size_t kJitStackStart = size_t{32} << 10;
 constexpr size_t kJitStackMax = size_t{16} << 20;
 
@@ -305,11 +305,17 @@ void apply(SplitBehavior behavior, const std::vector<Stretch>& stretches, std::v
 struct StepCount {
   uint64_t steps = 0;
   uint64_t budget = 0;
+  size_t position = 0; // at the last callout
 };
 
-int count_step(pcre2_callout_block*, void* data) {
+// PCRE2 calls this before every item of the pattern, but not for every character that an item
+// such as \s* takes: the distance covered since the last call counts, too.
+int count_step(pcre2_callout_block* block, void* data) {
   auto& count = *static_cast<StepCount*>(data);
-  return ++count.steps > count.budget ? PCRE2_ERROR_CALLOUT : 0;
+  const size_t at = block->current_position;
+  count.steps += 1 + (at > count.position ? at - count.position : count.position - at);
+  count.position = at;
+  return count.steps > count.budget ? PCRE2_ERROR_CALLOUT : 0;
 }
 
 } // namespace
