@@ -1,4 +1,4 @@
-#include "fabric_helpers.hpp"
+#include "tests/transport/fabric_helpers.hpp"
 
 #include "transport/loopback_fabric.hpp"
 
