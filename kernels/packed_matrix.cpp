@@ -258,7 +258,7 @@ void bind(PackedMatrix& matrix, const std::byte* memory) {
 
 void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
           int64_t panel_begin, int64_t panel_end) {
-  bind(matrix, memory);
+  troupe::bind(matrix, memory); // in full: std::bind would match a std::byte* better
   const int64_t panel_size = stored_k(matrix) * kPanelRows * size_of(matrix.dtype);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     RowOf rows[kPanelRows];

@@ -173,10 +173,7 @@ void pack_values(const T* latents, int64_t stride, int64_t count, int64_t d_c, T
         std::memcpy(o, row, static_cast<size_t>(n) * sizeof(T));
       } else { // the odd half after the last key is never read
         const T* next = j + 1 < count ? row + stride : row;
-        for (int64_t c = 0; c < n; ++c) {
-          o[2 * c] = row[c];
-          o[2 * c + 1] = next[c];
-        }
+        interleave(row, next, n, o);
       }
     }
   }

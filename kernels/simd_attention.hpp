@@ -27,11 +27,13 @@ struct SoftmaxBlock {
 inline void store_weights(DType a, SoftmaxBlock& b, int64_t i, V p) {
   if (a == DType::f32)
     return store(b.p + i, p);
+#if TROUPE_SIMD_DOT
+  store_bf16_flushed(reinterpret_cast<uint16_t*>(b.p) + i, p);
+#else
   uint16_t bits[16];
-  if (kHasDot)
-    return store_bf16(reinterpret_cast<uint16_t*>(b.p) + i, p);
   store_bf16(bits, p);
   store(b.p + i, load_bf16(bits));
+#endif
 }
 
 // Plain sums of 64 weights in ascending order, eight rows side by side to hide the add's latency.
@@ -53,27 +55,36 @@ inline void add_row_sums(const SoftmaxBlock& b, float* sum) {
   }
 }
 
+// Row r's new maximum and weights. kAll: every key of the block is valid.
+template <bool kAll>
+TROUPE_INLINE void softmax_row(DType a, SoftmaxBlock& b, int64_t r, float& max_state) {
+  const V lowest = set1(-std::numeric_limits<float>::infinity());
+  float* scores = b.scores + r * kPageTokens;
+  V s[4], top = lowest;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    s[c] = set1(b.tau) * load(scores + 16 * c);
+    top = max(top, kAll ? s[c] : first_lanes(b.valid[r] - 16 * c, s[c], lowest));
+  }
+  const float new_max = std::max(max_state, max_lane(top));
+  b.rescale[r] = max_state - new_max;
+  max_state = new_max;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const V e = exp(s[c] - set1(new_max));
+    const V p = kAll ? e : first_lanes(b.valid[r] - 16 * c, e, zero());
+    store(scores + 16 * c, p);
+    store_weights(a, b, r * kPageTokens + 16 * c, p);
+  }
+}
+
 // One step of the online softmax for every row of the block; max and sum are the rows' state.
 inline void softmax_step(DType a, SoftmaxBlock& b, float* max_state, float* sum) {
-  const V lowest = set1(-std::numeric_limits<float>::infinity());
-  for (int64_t r = 0; r < b.num_rows; ++r) {
-    float* scores = b.scores + r * kPageTokens;
-    V s[4], top = lowest;
-#pragma GCC unroll 16
-    for (int c = 0; c < 4; ++c) {
-      s[c] = set1(b.tau) * load(scores + 16 * c);
-      top = max(top, first_lanes(b.valid[r] - 16 * c, s[c], lowest));
-    }
-    const float old_max = max_state[r], new_max = std::max(old_max, max_lane(top));
-    max_state[r] = new_max;
-    b.rescale[r] = old_max - new_max;
-#pragma GCC unroll 16
-    for (int c = 0; c < 4; ++c) {
-      const V p = first_lanes(b.valid[r] - 16 * c, exp(s[c] - set1(new_max)), zero());
-      store(scores + 16 * c, p);
-      store_weights(a, b, r * kPageTokens + 16 * c, p);
-    }
-  }
+  for (int64_t r = 0; r < b.num_rows; ++r)
+    if (b.valid[r] == kPageTokens)
+      softmax_row<true>(a, b, r, max_state[r]);
+    else
+      softmax_row<false>(a, b, r, max_state[r]);
   for (int64_t r = 0; r < b.num_rows; r += 16) {
     const int64_t n = b.num_rows - r;
     store_any(DType::f32, b.rescale, r, n, exp(load_any(DType::f32, b.rescale, r, n)));
@@ -155,6 +166,15 @@ TROUPE_INLINE int64_t packed_index(int64_t k, int64_t column) {
   return sizeof(T) == 4 ? k * kPanelRows + column : (k / 2 * kPanelRows + column) * 2 + k % 2;
 }
 
+// to[2c] = even[c], to[2c + 1] = odd[c].
+template <class T>
+void interleave(const T* even, const T* odd, int64_t n, T* to) {
+  for (int64_t c = 0; c < n; ++c) {
+    to[2 * c] = even[c];
+    to[2 * c + 1] = odd[c];
+  }
+}
+
 // A head's keys and values of one block, in A (float or BF16 bits).
 template <class T>
 class HeadBlock {
@@ -183,10 +203,8 @@ public:
       product.multiply(panel, sums);
       scatter(sums, count, panel * kPanelRows - first);
     }
-    for (int64_t i = 0; i < s.qk_rope_head_dim; ++i)
-      for (int64_t j = 0; j < count; ++j)
-        keys_[packed_index<T>(s.qk_nope_head_dim + i, j)] =
-            reinterpret_cast<const T*>(rows.data[j])[s.kv_lora_rank + i];
+    const T* rope = reinterpret_cast<const T*>(latents) + s.kv_lora_rank;
+    put_keys(rope, a_.cache.row_elements, count, s.qk_nope_head_dim, s.qk_rope_head_dim);
   }
 
 private:
@@ -197,17 +215,49 @@ private:
     for (int64_t i = 0; i < count * kPanelRows; i += 16)
       store_any(dtype_, rounded, i, 16, load(sums + i));
     const int64_t nope = a_.shape.qk_nope_head_dim, v = a_.shape.v_head_dim;
-    for (int64_t c = std::max<int64_t>(0, -column0); c < std::min(kPanelRows, nope - column0); ++c)
-      for (int64_t j = 0; j < count; ++j)
-        keys_[packed_index<T>(column0 + c, j)] = rounded[j * kPanelRows + c];
-    const int64_t c0 = std::max<int64_t>(0, nope - column0);
-    const int64_t c1 = std::min(kPanelRows, nope + v - column0);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t c = c0; c < c1; ++c) {
-        const int64_t column = column0 + c - nope;
-        values_[column / kPanelRows * kPageTokens * kPanelRows +
-                packed_index<T>(j, column % kPanelRows)] = rounded[j * kPanelRows + c];
-      }
+    const int64_t key0 = std::max<int64_t>(0, -column0);
+    put_keys(rounded + key0, kPanelRows, count, column0 + key0,
+             std::min(kPanelRows, nope - column0) - key0);
+    const int64_t value0 = std::max<int64_t>(0, nope - column0);
+    put_values(rounded + value0, count, column0 + value0 - nope,
+               std::min(kPanelRows, nope + v - column0) - value0);
+  }
+
+  // Elements [k, k + n) of `count` keys, one key a row of `from`: a transposition, by pairs where
+  // two elements share a word.
+  void put_keys(const T* from, int64_t stride, int64_t count, int64_t k, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const bool both = sizeof(T) == 2 && (k + i) % 2 == 0 && i + 1 < n;
+      T* to = keys_ + packed_index<T>(k + i, 0);
+      if (both)
+        for (int64_t j = 0; j < count; ++j)
+          std::memcpy(to + 2 * j, from + j * stride + i, 2 * sizeof(T));
+      else
+        for (int64_t j = 0; j < count; ++j)
+          to[packed_index<T>(0, j)] = from[j * stride + i];
+      i += both ? 2 : 1;
+    }
+  }
+
+  // Columns [column, column + n) of `count` values, one key's a row of `from`.
+  void put_values(const T* from, int64_t count, int64_t column, int64_t n) {
+    while (n > 0) { // panel by panel
+      const int64_t c0 = column % kPanelRows, width = std::min(n, kPanelRows - c0);
+      T* panel = values_ + column / kPanelRows * kPageTokens * kPanelRows;
+      for (int64_t j = 0; j < count; j += sizeof(T) == 4 ? 1 : 2)
+        put_value_pair(from + j * kPanelRows, j + 1 < count, width, panel + packed_index<T>(j, c0));
+      from += width;
+      column += width;
+      n -= width;
+    }
+  }
+  // One key's values (F32) or two keys' (BF16), the second all zero where there is none.
+  static void put_value_pair(const T* row, bool has_next, int64_t n, T* to) {
+    static constexpr T kNone[kPanelRows] = {};
+    if constexpr (sizeof(T) == 4)
+      std::memcpy(to, row, static_cast<size_t>(n) * sizeof(T));
+    else
+      interleave(row, has_next ? row + kPanelRows : kNone, n, to);
   }
 
   const MlaNaiveArgs& a_;
