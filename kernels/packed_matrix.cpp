@@ -269,7 +269,7 @@ void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte
       const int64_t begin = matrix.segments.begin[s];
       const int64_t k = matrix.segments.begin[s + 1] - begin;
       pack_segment(matrix, rows, begin, k, out);
-      out += (matrix.dtype == DType::f32 ? k : (k + 1) / 2 * 2) * kPanelRows * size_of(matrix.dtype);
+      out += (k + 1) / 2 * 2 * kPanelRows * size_of(matrix.dtype);
     }
     if (matrix.dtype == DType::f8_e4m3)
       pack_scales(matrix, rows,
