@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Records what the reference tokenizers do, for tests/config/tokenizer_test.cpp.
 
-Developer tooling: needs the Python packages `tokenizers` and `tiktoken`; the tests need neither.
+Developer tooling: needs the Python packages `tokenizers`, `tiktoken` and `regex`; the tests need neither.
 
   tokenizer_check.py record            train the two small vocabularies and record their cases
                                        (tests/reference/data/tokenizer/)
   tokenizer_check.py cases FOLDER OUT  cases of the tokenizer.json or tiktoken.model in FOLDER, to
                                        be compared with
       TROUPE_TOKENIZER_DIR=FOLDER TROUPE_TOKENIZER_CASES=OUT test_config -tc='*recorded elsewhere*'
+  tokenizer_check.py characters FOLDER OUT   the same with every Unicode character
   tokenizer_check.py speed FOLDER TEXT MB/s of the reference, one thread, on a file
 
 A case is one line of JSON: {"text": …, "special": bool, "ids": […]} or {"decode": […],
@@ -163,6 +164,17 @@ def cases(folder, out, count, seed):
             put({"decode": ids + extra, "skip_special": skip, "text": ref.decode(ids + extra, skip)})
 
 
+def all_characters(folder, out):
+    """Every Unicode character between letters, digits, blanks, marks and itself."""
+    ref = reference(folder)
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    with open(out, "w", encoding="utf-8") as f:
+        for i in range(0, len(characters), 2000):
+            text = "".join(f"x{c}y {c}Z1{c}. {c}{c}\n" for c in characters[i:i + 2000])
+            f.write(json.dumps({"text": text, "special": False, "ids": ref.encode(text, False)},
+                               ensure_ascii=False) + "\n")
+
+
 def corpus():
     rng = random.Random(7)
     return ["".join(rng.choices(SNIPPETS, k=20)) for _ in range(200)]
@@ -204,7 +216,7 @@ def train_tiktoken(folder):
     import regex
     words = {}
     for text in corpus():
-        for piece in regex.findall(KIMI.replace("&&[^\\p{Han}]", "&&[^\\p{Han}]"), text, flags=regex.V1):
+        for piece in regex.findall(KIMI, text, flags=regex.V1):
             key = tuple(bytes([b]) for b in piece.encode())
             words[key] = words.get(key, 0) + 1
     ranks = [bytes([b]) for b in range(256)]
@@ -258,6 +270,9 @@ def main():
     one.add_argument("out")
     one.add_argument("--count", type=int, default=5000)
     one.add_argument("--seed", type=int, default=1)
+    every = commands.add_parser("characters")
+    every.add_argument("folder", type=pathlib.Path)
+    every.add_argument("out")
     two = commands.add_parser("speed")
     two.add_argument("folder", type=pathlib.Path)
     two.add_argument("text")
@@ -268,6 +283,8 @@ def main():
             cases(DATA / name, DATA / name / "cases.jsonl", 150, 1)
     elif args.command == "cases":
         cases(args.folder, args.out, args.count, args.seed)
+    elif args.command == "characters":
+        all_characters(args.folder, args.out)
     else:
         speed(args.folder, args.text)
 
