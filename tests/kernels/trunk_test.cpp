@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 using namespace troupe;
@@ -52,7 +53,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 struct Feeding {
   size_t prompt = 0, chunk = 1000, answer_rows = 1;
   int sequence = 0;
-  std::vector<Part> others; // further sequences in every step, behind this one
+  std::vector<Part> others = {}; // further sequences in every step, behind this one
 };
 
 // Logits of every position, and of MTP's first module where the model has it: its row i takes
@@ -84,6 +85,12 @@ Logits feed(Forward& model, const std::vector<int32_t>& tokens, const Feeding& h
     }
     at = end;
   }
+  // Equal bits of a model that computes nothing would prove nothing.
+  for (const auto* values : {&logits.main, &logits.mtp})
+    CHECK(std::all_of(values->begin(), values->end(), [](float v) { return std::isfinite(v); }));
+  const auto* const last = logits.main.data() + logits.main.size() - vocab;
+  CHECK(*std::max_element(last, last + vocab) > *std::min_element(last, last + vocab) + 0.1f);
+  CHECK(std::memcmp(logits.main.data(), last, vocab * 4) != 0);
   return logits;
 }
 

@@ -99,7 +99,7 @@ Arithmetic arithmetic_of(WeightFormat format) {
 ModelConfig ragged_config() {
   auto config = preset("tiny-v3").value();
   config.qk_nope_head_dim = 24;
-  config.v_head_dim = 20;
+  config.v_head_dim = 21; // segments of an odd length
   config.kv_lora_rank = 40;
   config.hidden_size = 72;
   config.intermediate_size = 4 * 128 + 24;
