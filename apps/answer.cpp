@@ -53,6 +53,16 @@ void Answer::finish(bool stopped) {
   std::fflush(stdout);
 }
 
+caf::expected<std::vector<int32_t>> chat_prompt(const Tokenizer& tokenizer,
+                                                const std::string& text) {
+  auto format = chat_format_of(tokenizer);
+  if (!format)
+    return with_context("chat", format.error());
+  ChatMessage message;
+  message.content = text;
+  return encode_chat(tokenizer, *format, {message});
+}
+
 double decode_rate(const RequestDone& done) {
   return done.decode_s > 0 && done.answer_tokens > 1
            ? static_cast<double>(done.answer_tokens - 1) / done.decode_s

@@ -13,12 +13,40 @@ namespace troupe {
 
 namespace {
 
+void apply(const ClusterSpec& spec, SessionOptions& o) {
+  o.cluster.model = spec.model.string();
+  o.layout = spec.layout.name;
+  o.ranks = spec.layout.num_ranks;
+  o.tp = spec.layout.tp;
+  o.nodes = spec.layout.nodes;
+  o.compute = spec.compute;
+  o.fp8 = spec.fp8;
+  o.dispatch = spec.two_hop ? "two-hop" : "direct";
+  if (!spec.backend.empty())
+    o.cluster.backend = spec.backend;
+  o.cluster.num_threads = spec.threads;
+  o.cluster.shape.placement_seed = spec.placement_seed;
+  o.cluster.limits.kv_tokens = spec.kv_tokens;
+  o.cluster.limits.batch = spec.batch;
+  o.cluster.limits.prefill_chunk = spec.prefill_chunk;
+  o.cluster.limits.max_speculate = spec.speculate;
+  o.cluster.cluster_token = spec.control.token;
+}
+
 int launch(const std::string& file, SessionOptions options) {
   auto spec = load_cluster_spec(file);
   if (!spec)
     return complain(spec.error());
+  if (!spec->hosts.empty())
+    return complain(file + ": hosts: ranks on several hosts are started by mpirun, srun or "
+                           "torchrun-style variables, not by launch");
+  if (spec->control.tls())
+    return complain(file + ": control.certificate: this build's control port is plain and binds "
+                           "loopback only");
+  if (spec->fabric != "ucx")
+    return complain(file + ": fabric: launch runs a process per rank, \"ucx\" expected");
   apply(*spec, options);
-  return run_cluster(options, spec->control.host, spec->control.port);
+  return run_cluster(options, spec->control.host, static_cast<uint16_t>(spec->control.port));
 }
 
 } // namespace

@@ -1,6 +1,6 @@
 // troupe: trains and serves DeepSeek-V3-class models as a cluster of actors.
 #include "apps/commands.hpp"
-#include "apps/console.hpp"
+#include "apps/session.hpp"
 
 #include "actors/rank.hpp"
 

@@ -1,6 +1,7 @@
 #include "kernels/packed_matrix.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -32,60 +33,123 @@ int64_t scale_blocks(const PackedMatrix& m) {
 
 // ---- reading a source ----
 
-// Element (r, c) of the whole tensor, dequantized exactly.
-float element(const WeightSource& s, int64_t r, int64_t c) {
-  const auto i = static_cast<size_t>(r * s.total_cols + c);
-  switch (s.dtype) {
-  case DType::f32: {
-    float v;
-    std::memcpy(&v, s.data + i * 4, 4);
+const std::byte* at(const WeightSource& s, int64_t row, int64_t column) {
+  return s.data + (row * s.total_cols + column) * size_of(s.dtype);
+}
+
+// The stored multiplier of a global block of E4M3 codes; 1 for a tensor without scales.
+float stored_scale(const WeightSource& s, int64_t row_block, int64_t block) {
+  if (s.scales == nullptr)
+    return 1.0f;
+  const int64_t blocks = (s.total_cols + s.block_cols - 1) / s.block_cols;
+  float scale;
+  std::memcpy(&scale, s.scales + (row_block * blocks + block) * int64_t{sizeof scale},
+              sizeof scale);
+  return scale;
+}
+
+const std::array<float, 256>& e4m3_values() {
+  static const auto values = [] {
+    std::array<float, 256> v{};
+    for (size_t code = 0; code < v.size(); ++code)
+      v[code] = e4m3_to_float(static_cast<uint8_t>(code));
     return v;
-  }
-  case DType::bf16: {
-    BF16 v;
-    std::memcpy(&v, s.data + i * 2, 2);
-    return to_float(v);
-  }
-  case DType::f16: {
-    uint16_t v;
-    std::memcpy(&v, s.data + i * 2, 2);
-    return f16_to_float(v);
-  }
-  default: {
-    const float code = e4m3_to_float(static_cast<uint8_t>(s.data[i]));
-    if (s.scales == nullptr)
-      return code;
-    const int64_t blocks = (s.total_cols + s.block_cols - 1) / s.block_cols;
-    float scale;
-    std::memcpy(&scale, s.scales + static_cast<size_t>((r / s.block_rows) * blocks + c / s.block_cols) * 4, 4);
-    return code * scale;
-  }
+  }();
+  return values;
+}
+
+void dequantize(const WeightSource& s, int64_t row, int64_t column, int64_t n, float* out) {
+  const auto& values = e4m3_values();
+  const std::byte* codes = at(s, row, column);
+  for (int64_t i = 0; i < n;) {
+    const int64_t block = (column + i) / s.block_cols;
+    const int64_t end = std::min(n, (block + 1) * s.block_cols - column);
+    const float scale = stored_scale(s, row / s.block_rows, block);
+    for (; i < end; ++i)
+      out[i] = values[static_cast<size_t>(codes[i])] * scale;
   }
 }
 
-// The multiplier of a global block: stored, or of a block that is to be quantized now.
-float block_scale(const WeightSource& s, int64_t row, int64_t block) {
-  if (s.dtype == DType::f8_e4m3) {
-    const int64_t blocks = (s.total_cols + s.block_cols - 1) / s.block_cols;
-    float scale;
-    std::memcpy(&scale, s.scales + static_cast<size_t>((row / s.block_rows) * blocks + block) * 4, 4);
-    return scale;
+// A conversion of `n` elements from (row, column) of the whole tensor on; `n` is at most a tile.
+using Convert = void (*)(const WeightSource&, int64_t row, int64_t column, int64_t n,
+                         const float* scale, void* out);
+constexpr int64_t kTile = 128; // columns that are converted and transposed together
+
+void to_floats(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float*,
+               void* to) {
+  auto* out = static_cast<float*>(to);
+  const std::byte* from = at(s, row, column);
+  if (s.dtype == DType::f8_e4m3)
+    return dequantize(s, row, column, n, out);
+  if (s.dtype == DType::f32) {
+    std::memcpy(out, from, static_cast<size_t>(n) * sizeof(float));
+    return;
   }
-  const int64_t r0 = row / s.block_rows * s.block_rows;
-  const int64_t r1 = std::min(r0 + s.block_rows, s.total_rows);
-  const int64_t c0 = block * s.block_cols, c1 = std::min(c0 + s.block_cols, s.total_cols);
+  uint16_t bits[kTile];
+  std::memcpy(bits, from, static_cast<size_t>(n) * sizeof(uint16_t));
+  if (s.dtype == DType::bf16)
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = to_float(BF16{bits[i]});
+  else
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = f16_to_float(bits[i]);
+}
+
+void as_stored(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float*,
+               void* out) {
+  std::memcpy(out, at(s, row, column), static_cast<size_t>(n * size_of(s.dtype)));
+}
+
+void to_bf16_bits(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float*,
+                  void* to) {
+  float values[kTile];
+  to_floats(s, row, column, n, nullptr, values);
+  auto* out = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = to_bf16(values[i]).bits;
+}
+
+// scale: one for each element.
+void to_codes(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float* scale,
+              void* to) {
+  float values[kTile];
+  to_floats(s, row, column, n, nullptr, values);
+  auto* out = static_cast<uint8_t*>(to);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_to_e4m3(values[i] / scale[i]);
+}
+
+Convert conversion(DType from, DType to) {
+  if (from == to)
+    return as_stored;
+  return to == DType::f32 ? to_floats : to == DType::bf16 ? to_bf16_bits : to_codes;
+}
+
+// The scale of the global block (row_block, block) of a tensor that is to be quantized: from all of
+// the block, also where only a part of it is packed here.
+float fresh_scale(const WeightSource& s, int64_t row_block, int64_t block) {
+  const int64_t last_row = std::min((row_block + 1) * s.block_rows, s.total_rows);
+  const int64_t last_column = std::min((block + 1) * s.block_cols, s.total_cols);
   float amax = 0;
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t c = c0; c < c1; ++c)
-      amax = std::max(amax, std::fabs(element(s, r, c)));
+  float values[kTile];
+  for (int64_t row = row_block * s.block_rows; row < last_row; ++row)
+    for (int64_t column = block * s.block_cols; column < last_column; column += kTile) {
+      const int64_t n = std::min(kTile, last_column - column);
+      to_floats(s, row, column, n, nullptr, values);
+      for (int64_t i = 0; i < n; ++i)
+        amax = std::max(amax, std::fabs(values[i]));
+    }
   return amax > 0 ? amax / 448.0f : 1.0f;
 }
 
-// Where panel row `n` of the stacked sources comes from; null for padding.
+// ---- packing one panel ----
+
+// Where a panel's row comes from; no source: padding.
 struct RowOf {
   const WeightSource* source = nullptr;
-  int64_t row = 0; // global
+  int64_t row = 0; // of the whole tensor
 };
+using PanelRows = std::array<RowOf, kPanelRows>;
 
 RowOf row_of(std::span<const WeightSource> sources, int64_t n) {
   for (const auto& s : sources) {
@@ -96,115 +160,50 @@ RowOf row_of(std::span<const WeightSource> sources, int64_t n) {
   return {};
 }
 
-// ---- packing one panel ----
-
-// BF16 -> BF16: pairs of columns of 64 rows side by side, a tile at a time so that both sides stay
-// in the first-level cache.
-void pack_bf16_rows(const std::byte* const rows[], int64_t k, uint32_t* out) {
-  constexpr int64_t kTile = 32; // pairs
-  const int64_t pairs = k / 2;
-  for (int64_t p0 = 0; p0 < pairs; p0 += kTile) {
-    const int64_t p1 = std::min(p0 + kTile, pairs);
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      if (rows[r] == nullptr) {
-        for (int64_t p = p0; p < p1; ++p)
-          out[p * kPanelRows + r] = 0;
+// The panel's scales [num_scale_blocks][64]; neighbouring rows mostly share a block.
+void pack_scales(const PackedMatrix& m, const PanelRows& rows, float* out) {
+  const int64_t blocks = scale_blocks(m);
+  for (int64_t b = 0; b < blocks; ++b, out += kPanelRows)
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const auto [source, row] = rows[r];
+      if (source == nullptr) {
+        out[r] = 0;
         continue;
       }
-      uint32_t pair[kTile];
-      std::memcpy(pair, rows[r] + p0 * 4, static_cast<size_t>(p1 - p0) * 4);
-      for (int64_t p = p0; p < p1; ++p)
-        out[p * kPanelRows + r] = pair[p - p0];
-    }
-  }
-  if (k % 2 != 0)
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      uint16_t last = 0;
-      if (rows[r] != nullptr)
-        std::memcpy(&last, rows[r] + (k - 1) * 2, 2);
-      out[pairs * kPanelRows + r] = last;
+      const int64_t row_block = row / source->block_rows, block = m.k0 / m.block_k + b;
+      if (source->dtype == DType::f8_e4m3)
+        out[r] = stored_scale(*source, row_block, block);
+      else if (r > 0 && rows[r - 1].source == source &&
+               rows[r - 1].row / source->block_rows == row_block)
+        out[r] = out[r - 1];
+      else
+        out[r] = fresh_scale(*source, row_block, block);
     }
 }
 
-// E4M3 -> E4M3, the same with bytes.
-void pack_f8_rows(const std::byte* const rows[], int64_t k, uint16_t* out) {
-  constexpr int64_t kTile = 64; // pairs
-  const int64_t pairs = k / 2;
-  for (int64_t p0 = 0; p0 < pairs; p0 += kTile) {
-    const int64_t p1 = std::min(p0 + kTile, pairs);
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      uint16_t pair[kTile] = {};
-      if (rows[r] != nullptr)
-        std::memcpy(pair, rows[r] + p0 * 2, static_cast<size_t>(p1 - p0) * 2);
-      for (int64_t p = p0; p < p1; ++p)
-        out[p * kPanelRows + r] = pair[p - p0];
-    }
-  }
-  if (k % 2 != 0)
-    for (int64_t r = 0; r < kPanelRows; ++r)
-      out[pairs * kPanelRows + r] =
-        rows[r] == nullptr ? uint16_t{0} : static_cast<uint16_t>(rows[r][k - 1]);
-}
-
-// Everything else, element by element.
-void pack_elements(const PackedMatrix& m, const RowOf rows[], int64_t begin, int64_t k,
-                   std::byte* out) {
-  for (int64_t r = 0; r < kPanelRows; ++r) {
-    const auto& row = rows[r];
-    float scale = 1;
-    int64_t scale_of = -1;
-    for (int64_t i = 0; i < (k + 1) / 2 * 2; ++i) {
-      float value = 0;
-      if (row.source != nullptr && i < k)
-        value = element(*row.source, row.row, row.source->col0 + begin + i);
-      const auto at = m.dtype == DType::f32
-                        ? static_cast<size_t>(i * kPanelRows + r)
-                        : static_cast<size_t>((i / 2 * kPanelRows + r) * 2 + i % 2);
-      if (m.dtype == DType::f32) {
-        std::memcpy(out + at * 4, &value, 4);
-      } else if (m.dtype == DType::bf16) {
-        const BF16 b = to_bf16(value);
-        std::memcpy(out + at * 2, &b, 2);
-      } else {
-        const int64_t block = (m.k0 + begin + i) / m.block_k;
-        if (row.source != nullptr && i < k && block != scale_of) {
-          scale = block_scale(*row.source, row.row, block);
-          scale_of = block;
-        }
-        out[at] = static_cast<std::byte>(float_to_e4m3(value / scale));
+// Columns [begin, begin + k) of the matrix as `Unit`s: pairs of columns where `kPair`, one row's at
+// a time, so that both sides stay in the first-level cache. `scales` is the panel's, for E4M3.
+template <class Unit, int kPair>
+void pack_segment(const PackedMatrix& m, const PanelRows& rows, int64_t begin, int64_t k,
+                  const float* scales, Unit* out) {
+  constexpr int64_t kUnits = kTile / kPair;
+  for (int64_t i = 0; i < k; i += kTile, out += kUnits * kPanelRows) {
+    const int64_t n = std::min(kTile, k - i), units = (n + n % 2) / kPair;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      Unit tile[kUnits] = {};
+      if (const auto* s = rows[r].source) {
+        const auto convert = conversion(s->dtype, m.dtype);
+        float scale[kTile];
+        if (convert == to_codes)
+          for (int64_t c = 0; c < n; ++c)
+            scale[c] = scales[((m.k0 + begin + i + c) / m.block_k - m.k0 / m.block_k) * kPanelRows +
+                              static_cast<int64_t>(r)];
+        convert(*s, rows[r].row, s->col0 + begin + i, n, scale, tile);
       }
+      for (int64_t u = 0; u < units; ++u)
+        out[u * kPanelRows + static_cast<int64_t>(r)] = tile[u];
     }
   }
-}
-
-void pack_segment(const PackedMatrix& m, const RowOf rows[], int64_t begin, int64_t k,
-                  std::byte* out) {
-  bool plain = true; // every row in the stored dtype already
-  const std::byte* pointers[kPanelRows];
-  for (int64_t r = 0; r < kPanelRows; ++r) {
-    const auto* s = rows[r].source;
-    pointers[r] = nullptr;
-    if (s == nullptr)
-      continue;
-    plain = plain && s->dtype == m.dtype;
-    pointers[r] =
-      s->data + static_cast<size_t>((rows[r].row * s->total_cols + s->col0 + begin) * size_of(s->dtype));
-  }
-  if (plain && m.dtype == DType::bf16)
-    pack_bf16_rows(pointers, k, reinterpret_cast<uint32_t*>(out));
-  else if (plain && m.dtype == DType::f8_e4m3)
-    pack_f8_rows(pointers, k, reinterpret_cast<uint16_t*>(out));
-  else
-    pack_elements(m, rows, begin, k, out);
-}
-
-void pack_scales(const PackedMatrix& m, const RowOf rows[], float* out) {
-  const int64_t first = m.k0 / m.block_k;
-  const int64_t blocks = scale_blocks(m);
-  for (int64_t r = 0; r < kPanelRows; ++r)
-    for (int64_t b = 0; b < blocks; ++b)
-      out[b * kPanelRows + r] =
-        rows[r].source == nullptr ? 0.0f : block_scale(*rows[r].source, rows[r].row, first + b);
 }
 
 } // namespace
@@ -258,23 +257,29 @@ void bind(PackedMatrix& matrix, const std::byte* memory) {
 
 void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
           int64_t panel_begin, int64_t panel_end) {
-  troupe::bind(matrix, memory); // in full: std::bind would match a std::byte* better
+  bind(matrix, memory);
   const int64_t panel_size = stored_k(matrix) * kPanelRows * size_of(matrix.dtype);
+  auto* all_scales = reinterpret_cast<float*>(memory + align64(data_bytes(matrix)));
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    RowOf rows[kPanelRows];
+    PanelRows rows;
     for (int64_t r = 0; r < kPanelRows && panel * kPanelRows + r < matrix.n; ++r)
-      rows[r] = row_of(sources, panel * kPanelRows + r);
+      rows[static_cast<size_t>(r)] = row_of(sources, panel * kPanelRows + r);
+    float* scales = all_scales + panel * scale_blocks(matrix) * kPanelRows;
+    if (matrix.dtype == DType::f8_e4m3)
+      pack_scales(matrix, rows, scales);
     std::byte* out = memory + panel * panel_size;
     for (int s = 0; s < matrix.segments.count; ++s) {
-      const int64_t begin = matrix.segments.begin[s];
-      const int64_t k = matrix.segments.begin[s + 1] - begin;
-      pack_segment(matrix, rows, begin, k, out);
-      out += (k + 1) / 2 * 2 * kPanelRows * size_of(matrix.dtype);
+      const int64_t begin = matrix.segments.begin[s], k = matrix.segments.begin[s + 1] - begin;
+      if (matrix.dtype == DType::f32)
+        pack_segment<float, 1>(matrix, rows, begin, k, scales, reinterpret_cast<float*>(out));
+      else if (matrix.dtype == DType::bf16)
+        pack_segment<uint32_t, 2>(matrix, rows, begin, k, scales,
+                                  reinterpret_cast<uint32_t*>(out));
+      else
+        pack_segment<uint16_t, 2>(matrix, rows, begin, k, scales,
+                                  reinterpret_cast<uint16_t*>(out));
+      out += (k + k % 2) * kPanelRows * size_of(matrix.dtype);
     }
-    if (matrix.dtype == DType::f8_e4m3)
-      pack_scales(matrix, rows,
-                  reinterpret_cast<float*>(memory + align64(data_bytes(matrix))) +
-                    panel * scale_blocks(matrix) * kPanelRows);
   }
 }
 

@@ -107,7 +107,7 @@ float tree(float* parts, int n) {
 
 template <class X, class XScale>
 float product(const PackedMatrix& m, const PackedReader& w, int64_t row, X x, XScale x_scale) {
-  float parts[kMaxSegments];
+  float parts[kMaxSegments] = {};
   for (int s = 0; s < m.segments.count; ++s)
     parts[s] = segment_sum(m, w, row, s, x, x_scale);
   return tree(parts, m.segments.count);

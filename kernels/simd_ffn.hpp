@@ -4,9 +4,9 @@ namespace troupe::TROUPE_SIMD {
 
 struct FfnPlan {
   const GroupedFfnArgs* args = nullptr;
-  RowSource source;    // of gate and up: x; of down: the product
-  MutableRows product; // [rows of all groups, one behind the other][width]
-  int64_t rows_per_block = kRowBlock;
+  RowSource source;              // of gate and up: x; of down: the product
+  MutableRows product;           // [rows of all groups, one behind the other][width]
+  int64_t row_limit = kRowBlock; // of a block
 };
 
 // Where a unit of work lies. Units run group by group, panel-major inside a group, so that a
@@ -25,7 +25,7 @@ inline int64_t units_of(const ExpertGroup& group, const FfnPlan& plan, bool down
   if (n == 0)
     return 0;
   const PackedMatrix& w = down ? group.weights->down : group.weights->gate;
-  return w.panels() * ceil_div(n, plan.rows_per_block);
+  return w.panels() * ceil_div(n, even_rows(n, plan.row_limit));
 }
 inline int64_t count_units(const FfnPlan& plan, bool down) {
   int64_t units = 0;
@@ -47,10 +47,11 @@ public:
       units = units_of(groups[++index_], plan_, down_);
     }
     const ExpertGroup& group = groups[index_];
-    const int64_t blocks = ceil_div(num_rows_of(group), plan_.rows_per_block);
-    const int64_t row0 = left_ % blocks * plan_.rows_per_block;
+    const int64_t rows = even_rows(num_rows_of(group), plan_.row_limit);
+    const int64_t blocks = ceil_div(num_rows_of(group), rows);
+    const int64_t row0 = left_ % blocks * rows;
     FfnUnit unit{&group, product_row_, left_ / blocks, row0,
-                 std::min(num_rows_of(group), row0 + plan_.rows_per_block)};
+                 std::min(num_rows_of(group), row0 + rows)};
     ++left_;
     return unit;
   }
@@ -136,8 +137,8 @@ inline void grouped_ffn(const GroupedFfnArgs& args, Workers& workers) {
   const FfnScratch scratch(cursor, width, rows, a, quantized);
   FfnPlan plan{&args, {args.x, args.xq}, {scratch.product, a, width}};
   const int threads = workers.num_threads();
-  while (plan.rows_per_block > 2 * kMaxTileRows && count_units(plan, false) < 4 * int64_t{threads})
-    plan.rows_per_block /= 2;
+  while (plan.row_limit > 2 * kMaxTileRows && count_units(plan, false) < 4 * int64_t{threads})
+    plan.row_limit /= 2;
 
   int64_t units = count_units(plan, false);
   workers.parallel_for(units,

@@ -284,6 +284,14 @@ inline void decode_weights(const std::byte* w, int64_t pairs, uint16_t* out) {
   }
 }
 
+// Rows per block when num_rows > 0 rows are cut into as few blocks of at most `limit` as possible:
+// about even, so that no last block streams the weights for a row or two, and whole tiles.
+inline int64_t even_rows(int64_t num_rows, int64_t limit) {
+  const int64_t rows = ceil_div(num_rows, ceil_div(num_rows, limit));
+  return ceil_div(rows, kMaxTileRows) * kMaxTileRows;
+}
+static_assert(kRowBlock % (8 * kMaxTileRows) == 0, "halved limits stay whole tiles");
+
 // Up to kRowBlock rows of a RowSource.
 struct RowBlock {
   int64_t num_rows = 0;

@@ -39,7 +39,8 @@ inline void linear(const LinearArgs& args, Workers& workers) {
   const int64_t panels = args.w->panels();
   if (args.num_rows == 0 || panels == 0)
     return;
-  LinearPlan plan{&args, rows_per_unit(args.num_rows, panels, workers.num_threads()), 0};
+  const int64_t limit = rows_per_unit(args.num_rows, panels, workers.num_threads());
+  LinearPlan plan{&args, even_rows(args.num_rows, limit), 0};
   plan.blocks = ceil_div(args.num_rows, plan.rows_per_block);
   const int64_t units = panels * plan.blocks;
   // A chunk of less than about 32 K weights isn't worth claiming.
