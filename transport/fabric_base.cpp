@@ -251,14 +251,15 @@ caf::expected<Origin> FabricBase::accept_hello(const WireHeader& h,
                       fmt::format("rank {} refused a hello with a wrong cluster token (it says it "
                                   "is from rank {})",
                                   self().value, h.source.value));
-  if (h.source == self() || (before && (h.incarnation < before->incarnation ||
-                                        (h.incarnation == before->incarnation && !before->heard))))
+  if (h.source == self() || (before && before->known &&
+                             (h.incarnation < before->incarnation ||
+                              (h.incarnation == before->incarnation && !before->heard))))
     return make_error(Errc::stale,
                       fmt::format("rank {} refused the hello of rank {}, incarnation {}, which is "
                                   "gone",
                                   self().value, h.source.value, h.incarnation));
   const auto credit = std::min<uint64_t>(h.aux, std::numeric_limits<size_t>::max());
-  return Origin{h.incarnation, true, static_cast<size_t>(credit)};
+  return Origin{h.incarnation, true, true, static_cast<size_t>(credit)};
 }
 
 void FabricBase::deliver(const WireHeader& header, BufferRef payload) {

@@ -49,6 +49,7 @@ struct Outgoing {
 // A peer as its messages show it.
 struct Origin {
   uint32_t incarnation = 0;
+  bool known = false;      // of this incarnation something was heard, or its loss
   bool heard = false;      // a valid hello came, and the peer is neither lost nor gone
   size_t credit_bytes = 0; // the peer's bound, from its hello
 };

@@ -281,8 +281,8 @@ caf::error LoopbackFabric::receive_checked(const WireHeader& header, Parcel& par
 
 void LoopbackFabric::receive(const Loss& loss) {
   auto& origin = origins_[loss.peer];
-  if (origin.incarnation == loss.incarnation)
-    origin.heard = false;
+  if (!origin.known || origin.incarnation == loss.incarnation)
+    origin = {loss.incarnation, true, false, 0};
   const auto link = find_link(loss.peer);
   if (link && link->incarnation == loss.incarnation && leave_connected(*link, Link::State::lost))
     sink().on_peer_lost(loss.peer, loss.why);
