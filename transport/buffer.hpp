@@ -39,6 +39,8 @@ public:
   [[nodiscard]] size_t size() const { return size_; }         // bytes in use
   [[nodiscard]] size_t capacity() const { return capacity_; } // bytes owned
   [[nodiscard]] MemoryKind kind() const { return kind_; }
+  // How many BufferRefs share it; for tests and statistics.
+  [[nodiscard]] int64_t references() const { return references_.load(std::memory_order_relaxed); }
   // Shrinks or grows the part in use; n <= capacity().
   void resize(size_t n);
   [[nodiscard]] std::span<std::byte> bytes() { return {data_, size_}; }
