@@ -85,19 +85,15 @@ configure() {
   (cd "$root" && cmake --preset "$1" </dev/null) || die "configuring build/$1 failed"
 }
 
-# build PRESET [TARGET...]: without targets everything. Silent when there is nothing to do.
+# build PRESET [TARGET...]: without targets everything. Ninja does what has changed and says so.
 build() {
   local preset=$1
   shift
   configure "$preset"
-  local targets=("$@")
+  local targets=("$@") jobs
   [ $# -gt 0 ] || targets=(all)
-  if ninja -C "$root/build/$preset" -n "${targets[@]}" 2>/dev/null | grep -q "no work to do"; then
-    return
-  fi
-  local jobs
   jobs=$(build_jobs)
-  say "Building build/$preset (${targets[*]}, $jobs at a time)"
+  say "Building what has changed in build/$preset (${targets[*]}, $jobs at a time)"
   NINJA_STATUS='[%f/%t, %es] ' ninja -C "$root/build/$preset" -j "$jobs" "${targets[@]}" </dev/null ||
     die "building build/$preset failed"
 }
