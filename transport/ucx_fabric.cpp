@@ -1,6 +1,7 @@
 #include "transport/ucx_fabric.hpp"
 
 #include "transport/fabric_base.hpp"
+#include "transport/ucx_address.hpp"
 #include "transport/ucx_channel.hpp"
 
 #include <fmt/format.h>
@@ -13,18 +14,13 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <mutex>
-#include <optional>
 #include <utility>
 
 namespace troupe {
 
 namespace {
-
-constexpr int kMaxChannels = 64;
-constexpr uint32_t kAddressMagic = 0x58435554; // "TUCX"
 
 // ── settings ──
 
@@ -100,69 +96,6 @@ caf::expected<Context> open_context() {
   return Context{context};
 }
 
-// ── addresses ──
-//
-//   u32 magic, i32 rank, u32 incarnation, u32 number of channels,
-//   per channel: u32 length, worker address
-//   u32 CRC-32C of all before
-
-struct Address {
-  RankId rank;
-  uint32_t incarnation = 0;
-  std::vector<std::string> workers;
-};
-
-void append(std::string& out, uint32_t value) {
-  out.append(reinterpret_cast<const char*>(&value), sizeof value);
-}
-
-std::optional<uint32_t> take(std::string_view& in) {
-  uint32_t value = 0;
-  if (in.size() < sizeof value)
-    return std::nullopt;
-  std::memcpy(&value, in.data(), sizeof value);
-  in.remove_prefix(sizeof value);
-  return value;
-}
-
-uint32_t crc_of(std::string_view text) { return crc32c(std::as_bytes(std::span{text})); }
-
-std::string encode_address(const Address& address) {
-  std::string out;
-  append(out, kAddressMagic);
-  append(out, static_cast<uint32_t>(address.rank.value));
-  append(out, address.incarnation);
-  append(out, static_cast<uint32_t>(address.workers.size()));
-  for (const auto& worker : address.workers) {
-    append(out, static_cast<uint32_t>(worker.size()));
-    out += worker;
-  }
-  append(out, crc_of(out));
-  return out;
-}
-
-// UCX believes worker addresses, so they get to it only under a checksum.
-std::optional<Address> decode_address(std::string_view in) {
-  if (in.size() < sizeof(uint32_t))
-    return std::nullopt;
-  auto tail = in.substr(in.size() - sizeof(uint32_t));
-  in.remove_suffix(sizeof(uint32_t));
-  if (take(tail) != crc_of(in) || take(in) != kAddressMagic)
-    return std::nullopt;
-  const auto rank = take(in), incarnation = take(in), channels = take(in);
-  if (!channels || *channels < 1 || *channels > kMaxChannels)
-    return std::nullopt;
-  Address address{RankId{static_cast<int32_t>(*rank)}, *incarnation, {}};
-  for (uint32_t c = 0; c < *channels; ++c) {
-    const auto length = take(in);
-    if (!length || *length == 0 || *length > in.size())
-      return std::nullopt;
-    address.workers.emplace_back(in.substr(0, *length));
-    in.remove_prefix(*length);
-  }
-  return in.empty() ? std::optional{std::move(address)} : std::nullopt;
-}
-
 // ── the fabric ──
 
 class UcxFabric final : public FabricBase {
@@ -206,7 +139,7 @@ caf::error UcxFabric::open(const UcxOptions& ucx) {
   if (!context)
     return context.error();
   context_ = std::move(*context);
-  Address address{self(), options().incarnation, {}};
+  UcxAddress address{self(), options().incarnation, {}};
   for (int c = 0; c < ucx.channels; ++c) {
     auto channel = UcxChannel::make(context_.get(), *this, ucx.spin_us);
     if (!channel)
@@ -214,7 +147,7 @@ caf::error UcxFabric::open(const UcxOptions& ucx) {
     address.workers.push_back((*channel)->address());
     channels_.push_back(std::move(*channel));
   }
-  address_ = encode_address(address);
+  address_ = encode(address);
   return {};
 }
 
@@ -234,7 +167,7 @@ caf::error UcxFabric::connect(RankId peer, uint32_t incarnation, const std::stri
     return make_error(Errc::cancelled, "fabric: not started, or stopped");
   if (peer == self())
     return {};
-  auto decoded = decode_address(address);
+  auto decoded = decode_ucx_address(address);
   if (!decoded)
     return make_error(Errc::malformed,
                       fmt::format("fabric: the address of rank {} is not one", peer.value));
