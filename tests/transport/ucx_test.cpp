@@ -12,6 +12,9 @@ using namespace std::chrono_literals;
 
 namespace {
 
+// Messages of these tests go both ways, eager and by rendezvous. Read by UCX when it starts.
+[[maybe_unused]] const int g_early_rendezvous = ::setenv("UCX_RNDV_THRESH", "100K", 0);
+
 struct Cluster {
   using Tweak = std::function<void(FabricOptions&)>;
   explicit Cluster(int n, const Tweak& tweak = {}, UcxOptions ucx = {})
