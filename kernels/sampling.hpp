@@ -1,8 +1,19 @@
 // From logits to a token (contract, Sampling). A pure function of its inputs and the noise key.
 //
 // Order: repetition, presence and frequency penalties; logit bias; temperature; top-k; top-p;
-// min-p; Gumbel noise; argmax, ties to the lower id. Temperature 0 is greedy: the argmax after
-// penalties and bias. Ids >= num_ids have no token and are never chosen.
+// min-p; Gumbel noise; argmax. Ties go to the lower id at every step. Temperature 0 is greedy: the
+// argmax after penalties and bias, cuts and noise left out. Ids >= num_ids have no token and are
+// never chosen; nor is a NaN. +inf counts as the largest finite number. Where every id is ruled
+// out (by a bias of -inf, say) the answer is id 0.
+//
+//   repetition  once for each token of prompt or answer: x > 0 ? x / r : x · r
+//   presence, frequency  x -= p + f · count, for each token of the answer
+//   temperature  x = (x - max) / T, so that a tiny T can't overflow
+//   top-k   the k largest
+//   top-p   the smallest set of likeliest ids whose probability reaches p, the one that crosses
+//           it included; probabilities are those left by top-k, renormalized
+//   min-p   ids at least p times as likely as the likeliest
+//   noise   x += -log(-log u), u = uniform_open(noise_bits(seed, choice, position, id))
 #pragma once
 
 #include <cstdint>
@@ -45,7 +56,7 @@ struct Sampled {
                              std::vector<float>& scratch);
 
 // Log-probability of `token` under raw logits: x_t - max - log(sum exp(x - max)), the sum in F64
-// over ascending ids.
+// over ascending ids. -inf for an id outside the vocabulary.
 [[nodiscard]] double log_probability(std::span<const float> logits, int32_t token);
 
 } // namespace troupe
