@@ -188,7 +188,7 @@ caf::expected<MemoryBlock> bind_block(Layout& layout) {
         memory.error());
   const auto matrices = matrices_of(layout.weights);
   for (size_t i = 0; i < matrices.size(); ++i)
-    troupe::bind(*matrices[i], memory->data() + layout.header.matrices[i].offset);
+    attach(*matrices[i], memory->data() + layout.header.matrices[i].offset);
   return memory;
 }
 

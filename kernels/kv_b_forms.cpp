@@ -121,7 +121,7 @@ bool KvBForms::values_are_views() const {
 void KvBForms::bind(std::byte* memory, AttentionWeights& out) const {
   // By its full name: for a std::byte*, argument-dependent lookup would find std::bind too.
   const auto bound = [memory](Placed placed) {
-    troupe::bind(placed.matrix, memory + placed.offset);
+    attach(placed.matrix, memory + placed.offset);
     return placed.matrix;
   };
   out.kv_b = bound(whole_);

@@ -304,7 +304,7 @@ int64_t packed_bytes(const PackedMatrix& shape) {
          align64(shape.panels() * scale_blocks(shape) * kPanelRows * int64_t{sizeof(float)});
 }
 
-void bind(PackedMatrix& matrix, const std::byte* memory) {
+void attach(PackedMatrix& matrix, const std::byte* memory) {
   matrix.data = memory;
   matrix.scales = matrix.dtype == DType::f8_e4m3
                       ? reinterpret_cast<const float*>(memory + align64(data_bytes(matrix)))
@@ -313,7 +313,7 @@ void bind(PackedMatrix& matrix, const std::byte* memory) {
 
 void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
           int64_t panel_begin, int64_t panel_end) {
-  troupe::bind(matrix, memory); // in full: std::bind would match a std::byte* better
+  attach(matrix, memory);
   const int64_t panel_size = stored_k(matrix) * kPanelRows * size_of(matrix.dtype);
   auto* all_scales = reinterpret_cast<float*>(memory + align64(data_bytes(matrix)));
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {

@@ -33,9 +33,9 @@ struct KSegments {
   int count = 1;
   int64_t begin[kMaxSegments + 1] = {};
 };
-[[nodiscard]] KSegments whole_k(int64_t k);                        // one segment
+[[nodiscard]] KSegments whole_k(int64_t k);                               // one segment
 [[nodiscard]] KSegments head_segments(int64_t heads, int64_t v_head_dim); // o_proj
-[[nodiscard]] KSegments width_segments(int64_t width);             // down_proj of dense and shared FFNs
+[[nodiscard]] KSegments width_segments(int64_t width); // down_proj of dense and shared FFNs
 // Segments [rank·S/tp, (rank+1)·S/tp) of `all`, still in global columns; tp divides all.count.
 [[nodiscard]] KSegments slice(const KSegments& all, int tp_rank, int tp);
 
@@ -46,16 +46,17 @@ struct WeightSource {
   DType dtype = DType::f32;        // f32, bf16, f16, f8_e4m3
   int64_t total_rows = 0, total_cols = 0;
   int64_t row0 = 0, rows = 0, col0 = 0, cols = 0;
-  const std::byte* scales = nullptr; // F32 [ceil(total_rows/block_rows), ceil(total_cols/block_cols)]
+  // F8: F32 [ceil(total_rows/block_rows), ceil(total_cols/block_cols)], any alignment; null: ones
+  const std::byte* scales = nullptr;
   int64_t block_rows = 128, block_cols = 128;
 };
 
 struct PackedMatrix {
-  int64_t n = 0, k = 0;      // logical rows and columns of this (part of a) matrix
-  DType dtype = DType::f32;  // f32, bf16 or f8_e4m3 as stored here
-  KSegments segments;        // relative to this part: begin[0] == 0, begin[count] == k
-  int64_t k0 = 0;            // global column of its first column: where scale blocks lie
-  int64_t block_k = 128;     // scale block length along K (F8 only)
+  int64_t n = 0, k = 0;     // logical rows and columns of this (part of a) matrix
+  DType dtype = DType::f32; // f32, bf16 or f8_e4m3 as stored here
+  KSegments segments;       // relative to this part: begin[0] == 0, begin[count] == k
+  int64_t k0 = 0;           // global column of its first column: where scale blocks lie
+  int64_t block_k = 128;    // scale block length along K (F8 only)
   const std::byte* data = nullptr;
   const float* scales = nullptr; // F8 only
   [[nodiscard]] int64_t panels() const { return (n + kPanelRows - 1) / kPanelRows; }
@@ -66,12 +67,14 @@ struct PackedMatrix {
 // Converts and packs `sources` (stacked along N; equal cols and, for F8, equal col0 and
 // block_cols) into `memory` (packed_bytes long, 64-byte aligned) and points `matrix` at it.
 // `matrix` arrives with n, k, dtype, segments, k0 and block_k set. dtype conversions: any source
-// to F32 exactly (F8 dequantized); F32/F16/F8 to BF16 rounded once; F8 stays F8. F32/BF16 -> F8
-// quantizes per 128×128 block as §1.4 (used by --fp8 weights on an unquantized checkpoint).
+// to F32 (F8 dequantized, code · scale in F32); F32/F16/F8 to BF16 through that F32 value; F8 stays
+// F8. F32/F16/BF16 -> F8 quantizes per 128×128 block as §1.4 (--fp8 weights on an unquantized
+// checkpoint): scale = amax/448 over the whole global block, read beyond the slice where the slice
+// cuts it; a block of zeros has scale 1.
 // Packs panels [panel_begin, panel_end) so that callers can cut the work.
 void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
           int64_t panel_begin, int64_t panel_end);
 // Points an already packed matrix at its bytes (a block that was moved or received).
-void bind(PackedMatrix& matrix, const std::byte* memory);
+void attach(PackedMatrix& matrix, const std::byte* memory);
 
 } // namespace troupe

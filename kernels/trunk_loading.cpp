@@ -199,7 +199,7 @@ void TrunkLoader::matrix(const MatrixPart& part, PackedMatrix& out) {
     return;
   out = m.packed;
   reserve(packed_bytes(out), [this, m = std::move(m), &out](std::byte* memory) {
-    troupe::bind(out, memory);
+    attach(out, memory);
     pack_in_jobs(plan_, m, memory);
   });
 }
