@@ -23,7 +23,7 @@ int complain(const caf::error& error) { return complain(text_of(error)); }
 std::string with_commas(int64_t n) {
   auto digits = std::to_string(n < 0 ? -n : n);
   for (auto i = static_cast<std::ptrdiff_t>(digits.size()) - 3; i > 0; i -= 3)
-    digits.insert(static_cast<size_t>(i), ",");
+    digits.insert(static_cast<size_t>(i), 1, ',');
   return (n < 0 ? "-" : "") + digits;
 }
 
