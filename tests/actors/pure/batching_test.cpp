@@ -13,10 +13,10 @@ using namespace troupe;
 
 TEST_CASE("decoding goes first, prompts fill what is left of the chunk, oldest first") {
   const std::vector<BatchItem> items{
-    {100, 100, 40, 0, false}, // a prompt half done
-    {21, 20, 20, 2, false},   // decoding, two drafts
-    {50, 50, 0, 0, false},    // a new prompt
-    {30, 20, 29, 0, true},    // paused
+      {100, 100, 40, 0, false}, // a prompt half done
+      {21, 20, 20, 2, false},   // decoding, two drafts
+      {50, 50, 0, 0, false},    // a new prompt
+      {30, 20, 29, 0, true},    // paused
   };
   const auto step = plan_batch(items, {8, 64});
   REQUIRE(step.size() == 3);
@@ -50,7 +50,8 @@ TEST_CASE("steps keep their bounds and every request comes to its end") {
       int64_t rows = 0;
       for (const auto& s : step) {
         items[static_cast<size_t>(s.item)].computed += s.num_rows;
-        CHECK(items[static_cast<size_t>(s.item)].computed <= items[static_cast<size_t>(s.item)].known);
+        CHECK(items[static_cast<size_t>(s.item)].computed <=
+              items[static_cast<size_t>(s.item)].known);
         rows += s.num_rows;
       }
       CHECK(rows <= limits.prefill_chunk);

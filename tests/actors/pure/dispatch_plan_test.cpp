@@ -39,7 +39,8 @@ Choices random_choices(KeyedStream& random, const ModelConfig& c, int32_t rows) 
     for (int32_t e = 0; e < c.n_routed_experts; ++e)
       experts.push_back(e);
     for (int64_t k = 0; k < c.num_experts_per_tok; ++k) {
-      const auto pick = static_cast<size_t>(k) + random.below(experts.size() - static_cast<size_t>(k));
+      const auto pick =
+          static_cast<size_t>(k) + random.below(experts.size() - static_cast<size_t>(k));
       std::swap(experts[static_cast<size_t>(k)], experts[pick]);
       out.idx.push_back(experts[static_cast<size_t>(k)]);
       out.weight.push_back(static_cast<float>(random.below(1000)) / 1000.0f);
@@ -127,12 +128,12 @@ TEST_CASE("a node is crossed to once per source, and its forwarder reaches every
   const auto view = make_view(c, 8, 4, true, 2);
   const auto choices = random_choices(random, c, 12);
   for (int32_t source = 0; source < 8; ++source) {
-    const auto tables =
-      plan_dispatch(view, view.layer(0), RankId{source}, choices.choice, 0, 12);
+    const auto tables = plan_dispatch(view, view.layer(0), RankId{source}, choices.choice, 0, 12);
     REQUIRE(tables);
     std::set<int32_t> nodes;
     for (const auto& table : *tables) {
-      CHECK(table.destination == forwarder_of(view, RankId{source}, view.member(table.destination).node));
+      CHECK(table.destination ==
+            forwarder_of(view, RankId{source}, view.member(table.destination).node));
       CHECK(nodes.insert(view.member(table.destination).node.value).second);
       size_t forwarded = 0;
       for (const auto& part : plan_forward(view.layer(0), table)) {

@@ -112,9 +112,9 @@ TEST_CASE("a million random events never break a view") {
     else if (random.below(2) == 0)
       view = next_view(std::move(view), MemberReturned{rank, number, ""});
     else
-      view = next_view(std::move(view), SlotMoved{static_cast<int32_t>(random.below(6)) - 1,
-                                                  SlotId{static_cast<int32_t>(random.below(30)) - 2},
-                                                  rank});
+      view = next_view(std::move(view),
+                       SlotMoved{static_cast<int32_t>(random.below(6)) - 1,
+                                 SlotId{static_cast<int32_t>(random.below(30)) - 2}, rank});
     if (view.epoch < epoch || view.epoch > epoch + 1)
       FAIL("an event moved the epoch by more than one");
     epoch = view.epoch;
