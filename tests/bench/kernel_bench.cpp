@@ -83,7 +83,7 @@ struct Matrix {
     m.segments = whole_k(k);
     memory = AlignedBytes(packed_bytes(m));
     fill(memory.data(), packed_bytes(m), dtype);
-    troupe::bind(m, memory.data()); // named in full: std::bind would match better
+    attach(m, memory.data());
     if (dtype == DType::f8_e4m3)
       std::fill_n(const_cast<float*>(m.scales), m.panels() * ((k + 127) / 128) * kPanelRows, 0.01f);
   }
