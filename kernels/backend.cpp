@@ -2,6 +2,7 @@
 #include "kernels/backend.hpp"
 
 #include "config/random.hpp"
+#include "kernels/sampling.hpp"
 
 #include <xxhash.h>
 
@@ -41,23 +42,28 @@ namespace {
 
 // A small model's worth of inputs, the same everywhere, through every kernel.
 class Fingerprint {
- public:
+public:
   Fingerprint(const Backend& backend, DType a) : backend_(backend), a_(a) {}
 
   uint64_t compute() {
     linear(DType::f32);
     linear(DType::bf16);
     linear(DType::f8_e4m3);
+    if (a_ == DType::bf16)
+      quantized_linear();
+    partials();
     norm_and_rope();
     gate();
     attention();
     quantize();
+    noise();
     return hash_;
   }
 
- private:
+private:
   static constexpr int64_t kRows = 5, kHidden = 200, kHeads = 2, kNope = 24, kRope = 8, kValue = 40,
-                           kLatent = 72, kPositions = 70;
+                           kLatent = 72, kPositions = 70, kWidth = 150,
+                           kTiles = (kHidden + 127) / 128;
 
   void mix(const void* data, size_t bytes) { hash_ = XXH3_64bits_withSeed(data, bytes, hash_); }
 
@@ -117,31 +123,85 @@ class Fingerprint {
     args.out = {out.data(), DType::f32, 70};
     backend_.linear(args, workers_);
     mix(out.data(), out.size() * sizeof(float));
-    // The same as an expert.
-    FfnWeights ffn{matrix(96, kHidden, weights, whole_k(kHidden)),
-                   matrix(96, kHidden, weights, whole_k(kHidden)),
-                   matrix(kHidden, 96, weights, whole_k(96))};
+    expert(weights, rows(x, kHidden), {});
+  }
+
+  // W8A8: quantized rows, their scales and the weights' in one product.
+  void quantized_linear() {
+    const auto x = values(kRows * kHidden, a_);
+    std::vector<uint8_t> codes(kRows * kHidden);
+    std::vector<float> scales(kRows * kTiles);
+    const QuantizedRows xq{codes.data(), scales.data(), kHidden, kTiles};
+    backend_.quantize({.num_rows = kRows,
+                       .k = kHidden,
+                       .x = rows(x, kHidden),
+                       .power_of_two = true,
+                       .codes = codes.data(),
+                       .scales = scales.data(),
+                       .code_stride = kHidden,
+                       .scale_stride = kTiles},
+                      workers_);
+    mix(codes.data(), codes.size());
+    const auto w = matrix(70, kHidden, DType::f8_e4m3, width_segments(kHidden));
+    std::vector<float> out(kRows * 70);
+    backend_.linear({.num_rows = kRows,
+                     .x = {},
+                     .xq = xq,
+                     .w = &w,
+                     .out = {out.data(), DType::f32, 70},
+                     .residual = {}},
+                    workers_);
+    mix(out.data(), out.size() * sizeof(float));
+    expert(DType::f8_e4m3, {}, xq);
+  }
+
+  // Three of the rows through an expert's FFN.
+  void expert(DType weights, const Rows& x, const QuantizedRows& xq) {
+    const FfnWeights ffn{matrix(kWidth, kHidden, weights, whole_k(kHidden)),
+                         matrix(kWidth, kHidden, weights, whole_k(kHidden)),
+                         matrix(kHidden, kWidth, weights, whole_k(kWidth))};
     const std::array<int32_t, 3> chosen{0, 2, 4};
     const ExpertGroup group{&ffn, chosen, 0};
     std::vector<std::byte> y(3 * kHidden * static_cast<size_t>(size_of(a_)));
     std::vector<std::byte> scratch(
-      static_cast<size_t>(ffn_scratch_bytes(96, kHidden, 3, workers_.num_threads())) + 64);
-    GroupedFfnArgs grouped;
-    grouped.groups = std::span{&group, 1};
-    grouped.x = rows(x, kHidden);
-    grouped.out = {y.data(), a_, kHidden};
-    grouped.scratch = scratch;
-    grouped.hidden = kHidden;
-    backend_.grouped_ffn(grouped, workers_);
+        static_cast<size_t>(ffn_scratch_bytes(kWidth, kHidden, 3, workers_.num_threads())));
+    backend_.grouped_ffn({.groups = {&group, 1},
+                          .x = x,
+                          .xq = xq,
+                          .out = {y.data(), a_, kHidden},
+                          .residual = {},
+                          .scratch = scratch,
+                          .hidden = kHidden},
+                         workers_);
     mix(y.data(), y.size());
+  }
+
+  void partials() {
+    const auto parts = values(4 * kRows * kHidden, DType::f32);
+    const auto* first = reinterpret_cast<const float*>(parts.data());
+    std::array<const float*, 4> ranks{};
+    for (size_t rank = 0; rank < ranks.size(); ++rank)
+      ranks[rank] = first + rank * kRows * kHidden;
+    const auto residual = values(kRows * kHidden, a_);
+    std::vector<std::byte> out(residual.size());
+    backend_.add_partials({.num_rows = kRows,
+                           .n = kHidden,
+                           .partials = ranks,
+                           .residual = rows(residual, kHidden),
+                           .out = {out.data(), a_, kHidden}},
+                          workers_);
+    mix(out.data(), out.size());
   }
 
   void norm_and_rope() {
     const auto x = values(kRows * kHidden, a_);
     const auto weight = values(kHidden, DType::f32);
     std::vector<std::byte> y(x.size());
-    backend_.rms_norm({kRows, kHidden, rows(x, kHidden),
-                       reinterpret_cast<const float*>(weight.data()), 1e-6f,
+    backend_.rms_norm({kRows,
+                       kHidden,
+                       rows(x, kHidden),
+                       reinterpret_cast<const float*>(weight.data()),
+                       1e-6f,
                        {y.data(), a_, kHidden}},
                       workers_);
     const auto table = values(kPositions * kRope, DType::f32);
@@ -185,10 +245,15 @@ class Fingerprint {
     const auto q = values(kRows * kHeads * (kNope + kRope), a_);
     std::vector<std::byte> out(kRows * kHeads * kValue * static_cast<size_t>(size_of(a_)));
     std::vector<std::byte> scratch(
-      static_cast<size_t>(mla_scratch_bytes(shape, a_, kRows, 2 * kPageTokens, 1)) + 64);
+        static_cast<size_t>(mla_scratch_bytes(shape, a_, kRows, 2 * kPageTokens, 1)) + 64);
     const auto kv_b = matrix(kHeads * (kNope + kValue), kLatent, a_, whole_k(kLatent));
-    backend_.mla_naive({shape, std::span{&sequence, 1}, rows(q, kHeads * (kNope + kRope)), cache,
-                        &kv_b, {out.data(), a_, kHeads * kValue}, scratch},
+    backend_.mla_naive({shape,
+                        std::span{&sequence, 1},
+                        rows(q, kHeads * (kNope + kRope)),
+                        cache,
+                        &kv_b,
+                        {out.data(), a_, kHeads * kValue},
+                        scratch},
                        workers_);
     mix(out.data(), out.size());
     std::vector<PackedMatrix> keys, values_of;
@@ -196,19 +261,40 @@ class Fingerprint {
       keys.push_back(matrix(kLatent, kNope, a_, whole_k(kNope)));
       values_of.push_back(matrix(kValue, kLatent, a_, whole_k(kLatent)));
     }
-    backend_.mla_absorbed({shape, std::span{&sequence, 1}, rows(q, kHeads * (kNope + kRope)), cache,
-                           keys, values_of, {out.data(), a_, kHeads * kValue}, scratch},
+    backend_.mla_absorbed({shape,
+                           std::span{&sequence, 1},
+                           rows(q, kHeads * (kNope + kRope)),
+                           cache,
+                           keys,
+                           values_of,
+                           {out.data(), a_, kHeads * kValue},
+                           scratch},
                           workers_);
     mix(out.data(), out.size());
+  }
+
+  // Not the backend's, but part of what a token depends on.
+  void noise() {
+    const auto bytes = values(500, DType::f32);
+    const std::span logits{reinterpret_cast<const float*>(bytes.data()), 500};
+    SamplingParams params;
+    params.temperature = 1.3f;
+    params.top_p = 0.9f;
+    std::vector<float> scratch;
+    for (uint32_t position = 0; position < 8; ++position) {
+      const auto sampled = sample(logits, params, {}, position, 500, scratch);
+      mix(&sampled.token, sizeof sampled.token);
+      mix(&sampled.logprob, sizeof sampled.logprob);
+    }
   }
 
   void quantize() {
     const auto x = values(kRows * kHidden, a_);
     std::vector<uint8_t> codes(kRows * kHidden);
     std::vector<float> scales(kRows * 2);
-    backend_.quantize({kRows, kHidden, rows(x, kHidden), false, codes.data(), scales.data(),
-                       kHidden, 2},
-                      workers_);
+    backend_.quantize(
+        {kRows, kHidden, rows(x, kHidden), false, codes.data(), scales.data(), kHidden, 2},
+        workers_);
     mix(codes.data(), codes.size());
     mix(scales.data(), scales.size() * sizeof(float));
   }
@@ -221,7 +307,7 @@ class Fingerprint {
   uint64_t hash_ = kArithmeticVersion;
 
   // Changes with every change of the arithmetic that the inputs above might not show.
-  static constexpr uint64_t kArithmeticVersion = 1;
+  static constexpr uint64_t kArithmeticVersion = 2;
 };
 
 } // namespace

@@ -1,0 +1,144 @@
+// SwiGLU FFNs against the formula in F64, and where each rounding stands.
+#include "kernels/reference_math.hpp"
+#include "tests/kernels/random_tensors.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+using namespace troupe;
+using namespace troupe::test;
+
+namespace {
+
+// An expert in F32 with its dequantized weights at hand.
+struct Expert {
+  int64_t hidden, width;
+  Tensor gate, up, down;
+  std::vector<Weight> memory;
+  FfnWeights weights;
+
+  Expert(Random& random, int64_t h, int64_t w)
+      : hidden(h), width(w), gate(random_tensor(random, DType::f32, w, h)),
+        up(random_tensor(random, DType::f32, w, h)), down(random_tensor(random, DType::f32, h, w)) {
+    weights = {packed(gate), packed(up), packed(down)};
+  }
+  PackedMatrix packed(const Tensor& t) {
+    Source source{t.num_rows, t.num_columns, DType::f32, 128, {}, {}};
+    for (int64_t r = 0; r < t.num_rows; ++r)
+      source.data.insert(source.data.end(), t.row(r), t.row(r) + t.num_columns * 4);
+    memory.push_back(pack_whole(source));
+    return memory.back().m;
+  }
+
+  // W_down (silu(W_gate x) ⊙ W_up x) in F64, from the reference's templates.
+  [[nodiscard]] std::vector<double> exact(const Tensor& x, int64_t row) const {
+    const auto input = [&](int64_t k) { return static_cast<double>(x.at(row, k)); };
+    const auto dot = [&](const Tensor& w, int64_t n, auto in) {
+      return reference::chain<double>(0, w.num_columns, in,
+                                      [&](int64_t k) { return static_cast<double>(w.at(n, k)); });
+    };
+    std::vector<double> product, out;
+    for (int64_t n = 0; n < width; ++n)
+      product.push_back(reference::silu(dot(gate, n, input)) * dot(up, n, input));
+    for (int64_t n = 0; n < hidden; ++n)
+      out.push_back(dot(down, n, [&](int64_t k) { return product[static_cast<size_t>(k)]; }));
+    return out;
+  }
+};
+
+Tensor run(const Backend& b, std::span<const ExpertGroup> groups, const Tensor& x, DType out,
+           int64_t num_rows, int64_t width, const Tensor* residual = nullptr) {
+  InlineWorkers workers;
+  Tensor y(out, num_rows, x.num_columns);
+  std::vector<std::byte> scratch(
+      static_cast<size_t>(ffn_scratch_bytes(width, x.num_columns, num_rows, 1)));
+  b.grouped_ffn({.groups = groups,
+                 .x = x.rows(),
+                 .xq = {},
+                 .out = y.out(),
+                 .residual = residual ? residual->rows() : Rows{},
+                 .scratch = scratch,
+                 .hidden = x.num_columns},
+                workers);
+  return y;
+}
+
+} // namespace
+
+TEST_CASE("silu and its tails, in F64") {
+  CHECK(reference::silu(0.0) == 0);
+  CHECK(std::fabs(reference::silu(2.0) - 2 * 0.88079707797788243) <= 1e-15);
+  CHECK(std::fabs(reference::silu(-1.0) + 0.26894142136999512) <= 1e-15);
+  CHECK(reference::silu(-800.0) == 0);
+  CHECK(reference::silu(800.0) == 800);
+}
+
+TEST_CASE("every backend's FFN is W_down (silu(W_gate x) * W_up x)") {
+  Random random(1);
+  for (const auto& name : available_backends()) {
+    CAPTURE(name);
+    const Expert expert(random, 40, 70);
+    const Tensor x = random_tensor(random, DType::f32, 5, 40);
+    const std::vector<int32_t> rows{4, 0, 0, 2};
+    const ExpertGroup group{&expert.weights, rows, 0};
+    const Tensor y = run(*find_backend(name), {&group, 1}, x, DType::f32, 4, 70);
+    for (int64_t r = 0; r < 4; ++r) {
+      const auto want = expert.exact(x, rows[static_cast<size_t>(r)]);
+      double largest = 0;
+      for (const double v : want)
+        largest = std::max(largest, std::fabs(v));
+      for (int64_t i = 0; i < 40; ++i) // two sums of up to 70 terms, each rounded
+        CHECK(std::fabs(static_cast<double>(y.at(r, i)) - want[static_cast<size_t>(i)]) <=
+              2 * 70 * 0x1p-24 * largest);
+    }
+  }
+}
+
+TEST_CASE("rows go where their group begins, and nothing else is written") {
+  Random random(2);
+  const Expert a(random, 24, 30), b(random, 24, 64);
+  const Tensor x = random_tensor(random, DType::f32, 3, 24);
+  const std::vector<int32_t> first{2}, second{1, 2};
+  const std::vector<ExpertGroup> groups{
+      {&a.weights, first, 4}, {&b.weights, {}, 0}, {&b.weights, second, 1}};
+  for (const auto& name : available_backends()) {
+    CAPTURE(name);
+    const Tensor y = run(*find_backend(name), groups, x, DType::f32, 5, 64);
+    const Tensor untouched(DType::f32, 5, 24);
+    for (const int64_t row : {0, 3})
+      CHECK(std::memcmp(y.row(row), untouched.row(row), 24 * 4) == 0);
+    CHECK(y.at(4, 3) == doctest::Approx(a.exact(x, 2)[3]).epsilon(1e-4));
+    CHECK(y.at(1, 3) == doctest::Approx(b.exact(x, 1)[3]).epsilon(1e-4));
+    CHECK(y.at(2, 3) == doctest::Approx(b.exact(x, 2)[3]).epsilon(1e-4));
+  }
+}
+
+TEST_CASE("in BF16 the product is rounded once, gate and up are not") {
+  // Gate and up give sums that BF16 can't hold: the product must come from the unrounded
+  // ones.
+  const auto matrix = [](std::vector<float> values, int64_t n, int64_t k) {
+    Source source{n, k, DType::bf16, 128, {}, {}};
+    for (const float v : values) {
+      const BF16 h = to_bf16(v);
+      const auto* p = reinterpret_cast<const std::byte*>(&h);
+      source.data.insert(source.data.end(), p, p + 2);
+    }
+    return pack_whole(source);
+  };
+  const Weight gate = matrix({8, 0x1.cp-6f}, 1, 2), up = matrix({1, 0x1.cp-9f}, 1, 2),
+               down = matrix({1, 1}, 2, 1);
+  const FfnWeights weights{gate.m, up.m, down.m};
+  Tensor x(DType::bf16, 1, 2);
+  x.set(0, 0, 1);
+  x.set(0, 1, 1);
+  const std::vector<int32_t> rows{0};
+  const ExpertGroup group{&weights, rows, 0};
+  const float g = 8 + 0x1.cp-6f, u = 1 + 0x1.cp-9f;
+  const float want = to_float(to_bf16(silu_f32(g) * u));
+  REQUIRE(want != to_float(to_bf16(silu_f32(to_float(to_bf16(g))) * to_float(to_bf16(u)))));
+  for (const auto& name : available_backends()) {
+    CAPTURE(name);
+    CHECK(run(*find_backend(name), {&group, 1}, x, DType::f32, 1, 1).at(0, 0) == want);
+  }
+}
