@@ -9,7 +9,9 @@ namespace troupe {
 
 namespace {
 
-double mscale(double factor, double x) { return factor <= 1 ? 1.0 : 0.1 * x * log_f64(factor) + 1.0; }
+double mscale(double factor, double x) {
+  return factor <= 1 ? 1.0 : 0.1 * x * log_f64(factor) + 1.0;
+}
 
 // The channel whose wavelength makes n turns over the original context.
 double correction(const RopeScaling& s, double theta, double dim, double n) {
@@ -26,7 +28,7 @@ std::vector<double> rope_frequencies(const ModelConfig& config) {
   std::vector<double> f(static_cast<size_t>(half));
   for (int64_t i = 0; i < half; ++i)
     f[static_cast<size_t>(i)] =
-      exp_f64(-2.0 * static_cast<double>(i) / dim * log_f64(config.rope_theta));
+        exp_f64(-2.0 * static_cast<double>(i) / dim * log_f64(config.rope_theta));
   if (!config.rope_scaling)
     return f;
   const auto& s = *config.rope_scaling;

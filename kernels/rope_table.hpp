@@ -18,13 +18,13 @@ namespace troupe {
 
 // The tables and the memory behind them.
 class RopeTables {
- public:
+public:
   RopeTables(const ModelConfig& config, int64_t max_positions);
   RopeTables(const RopeTables&) = delete;
   RopeTables& operator=(const RopeTables&) = delete;
   [[nodiscard]] const RopeTable& table() const { return table_; }
 
- private:
+private:
   std::vector<float> cos_, sin_;
   RopeTable table_;
 };

@@ -45,7 +45,7 @@ void name_thread(const char* name) { pthread_setname_np(pthread_self(), name); }
 // enters by adding itself to `inside` and re-checking the generation, so that the owner, who waits
 // for `inside` to be zero, never lets the callable die under it.
 class Team final : public Workers {
- public:
+public:
   explicit Team(int num_threads) : num_threads_(num_threads) {
     for (int i = 1; i < num_threads; ++i)
       helpers_.emplace_back([this, i] { help(i); });
@@ -61,8 +61,7 @@ class Team final : public Workers {
   }
   [[nodiscard]] int num_threads() const override { return num_threads_; }
 
-  void parallel_for(int64_t n, int64_t grain,
-                    FunctionRef<void(int64_t, int64_t, int)> f) override {
+  void parallel_for(int64_t n, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> f) override {
     grain = std::max<int64_t>(grain, 1);
     if (n <= 0)
       return;
@@ -91,7 +90,7 @@ class Team final : public Workers {
     }
   }
 
- private:
+private:
   void run_chunks(int worker) {
     for (;;) {
       const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
@@ -146,7 +145,7 @@ class Team final : public Workers {
 };
 
 class CpuStream final : public ComputeStream {
- public:
+public:
   explicit CpuStream(int num_threads)
       : num_threads_(std::max(num_threads, 1)), leader_([this] { lead(); }) {}
   ~CpuStream() override {
@@ -168,7 +167,7 @@ class CpuStream final : public ComputeStream {
   }
   [[nodiscard]] int num_threads() const override { return num_threads_; }
 
- private:
+private:
   struct Started {
     Job job;
     std::function<void(const JobTiming&)> done;
@@ -209,7 +208,7 @@ class CpuStream final : public ComputeStream {
 
 // Runs a job where it is started; its end is an event of the simulation.
 class InlineStream final : public ComputeStream {
- public:
+public:
   InlineStream(std::function<void(Nanoseconds, std::function<void()>)> schedule,
                std::function<Nanoseconds(const char*)> cost)
       : schedule_(std::move(schedule)), cost_(std::move(cost)), queue_(std::make_shared<Queue>()) {}
@@ -227,7 +226,7 @@ class InlineStream final : public ComputeStream {
   }
   [[nodiscard]] int num_threads() const override { return 1; }
 
- private:
+private:
   struct Queue {
     std::deque<std::function<void(const JobTiming&)>> waiting;
   };
