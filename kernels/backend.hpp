@@ -93,6 +93,7 @@ struct RopeTable {
   bool interleaved = true; // false: pairs are (i, i + dim/2)
 };
 // Rotates `heads` vectors of `table.dim` per row, in place: x[row·stride + head·head_stride + 0…dim).
+// A pair (x, y) becomes round(fma(x, cos, -(y·sin))), round(fma(x, sin, y·cos)).
 struct RopeArgs {
   int64_t num_rows = 0, heads = 1;
   MutableRows x;
@@ -159,6 +160,8 @@ struct MlaAbsorbedArgs {
 };
 
 // Gate (§3.2), every variant; ties to the lower index in groups and experts; dropped groups -inf.
+// A NaN score ranks as the lowest finite number: behind every score, before what is masked; a
+// chosen NaN makes the row's weights NaN. Needs top_k <= topk_group · (n_experts / n_group).
 // logits: FP32, from a Linear with F32 rows.
 struct GateArgs {
   int64_t num_rows = 0, n_experts = 0, n_group = 1, topk_group = 1, top_k = 0;

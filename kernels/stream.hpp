@@ -39,7 +39,8 @@ class Workers {
   virtual ~Workers() = default;
   [[nodiscard]] virtual int num_threads() const = 0;
   // Calls f(begin, end, worker) over [0, n) in chunks of at most `grain` (the last may be
-  // shorter), each index exactly once, and returns when all are done. worker < num_threads().
+  // shorter), each index exactly once, and returns when all are done. worker < num_threads(), and
+  // no worker runs two chunks at once. Not to be called from inside f.
   virtual void parallel_for(int64_t n, int64_t grain,
                             FunctionRef<void(int64_t, int64_t, int)> f) = 0;
 };
