@@ -15,6 +15,8 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <exception>
+#include <new>
 
 namespace troupe {
 
@@ -74,17 +76,28 @@ struct Child {
   RankId rank; // invalid: the client
   int fd = -1;
   std::string heard;
-  std::string failure; // what it said before it died
+  std::string failure;  // what it said before it died
+  bool cut_off = false; // ... and it was somebody else's end
   bool ready = false;
   bool alive = true;
 };
 
+// How near to the cause a complaint is; the nearest is printed.
+enum class Blame : uint8_t {
+  nobody,
+  client_cut_off, // the client lost its cluster
+  rank_cut_off,   // a rank lost a peer
+  failed,         // a child failed by itself, or was killed
+};
+
+constexpr auto kBetterCause = std::chrono::milliseconds{300};
+
 class Running {
- public:
+public:
   explicit Running(const AgentOptions& options) : options_(options) {}
   int run();
 
- private:
+private:
   bool start_all();
   bool start(RankId rank);
   [[noreturn]] void child(RankId rank, int fd, pid_t agent);
@@ -97,6 +110,8 @@ class Running {
   void tell(Child& child, const std::string& line);
   void tell_seed();
   void begin_stop(int code);
+  void blame(Blame blame, const std::string& text, int code);
+  void report();
   void complain(const std::string& text);
   [[nodiscard]] bool any_alive() const;
   [[nodiscard]] int poll_timeout() const;
@@ -111,6 +126,10 @@ class Running {
   bool told_ready_ = false;
   int code_ = 0;
   Clock::time_point deadline_;
+  Blame blame_ = Blame::nobody; // of `cause_`, which is not printed yet unless `settled_`
+  std::string cause_;
+  bool settled_ = false; // what ends from here on needs no words
+  Clock::time_point report_at_;
 };
 
 bool Running::start(RankId rank) {
@@ -149,14 +168,20 @@ void Running::child(RankId rank, int fd, pid_t agent) {
     close(other.fd);
   close(signal_fd_);
   sigprocmask(SIG_SETMASK, &old_mask_, nullptr);
-  if (rank.valid()) {
-    // The terminal's Ctrl-C goes to the whole group; ranks leave when the agent says so.
-    signal(SIGINT, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
-  }
-  signal(SIGPIPE, SIG_IGN);
+  // The terminal's Ctrl-C goes to the whole group; children leave when the agent says so.
+  for (const int s : {SIGINT, SIGHUP, SIGPIPE})
+    signal(s, SIG_IGN);
+  if (rank.valid())
+    signal(SIGTERM, SIG_IGN);
   AgentChannel channel{fd};
-  const int code = rank.valid() ? options_.rank_main(rank, channel) : options_.client_main(channel);
+  int code = 1;
+  try {
+    code = rank.valid() ? options_.rank_main(rank, channel) : options_.client_main(channel);
+  } catch (const std::bad_alloc&) {
+    channel.say("failed out of memory");
+  } catch (const std::exception& error) { // no thread, no file: what the system refuses
+    channel.say(std::string{"failed "} + error.what());
+  }
   std::fflush(nullptr);
   _exit(code);
 }
@@ -188,6 +213,7 @@ int Running::run() {
   if (!start_all())
     begin_stop(1);
   loop();
+  report();
   for (auto& c : children_)
     if (c.fd >= 0)
       close(c.fd);
@@ -204,8 +230,8 @@ bool Running::any_alive() const {
 int Running::poll_timeout() const {
   if (!stopping_)
     return -1;
-  const auto left =
-    std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now()).count();
+  const auto next = settled_ ? deadline_ : std::min(deadline_, report_at_);
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(next - Clock::now()).count();
   return static_cast<int>(std::max<int64_t>(left, 0));
 }
 
@@ -230,6 +256,8 @@ void Running::loop() {
     if (n > 0 && polled[0].revents)
       read_signals();
     reap();
+    if (stopping_ && Clock::now() >= report_at_)
+      report();
     if (stopping_ && !killed_ && Clock::now() >= deadline_) {
       killed_ = true;
       for (auto& c : children_)
@@ -248,6 +276,8 @@ void Running::read_signals() {
       continue;
     if (stopping_) // a second one: don't be polite
       deadline_ = Clock::now();
+    else
+      settled_ = true;
     begin_stop(128 + s);
   }
 }
@@ -264,20 +294,47 @@ void Running::reap() {
 }
 
 void Running::died(Child& c, int status) {
-  if (stopping_)
-    return;
-  if (!c.rank.valid()) {
-    if (WIFSIGNALED(status))
-      complain("the client " + describe_exit(status));
-    begin_stop(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+  if (killed_)
+    return; // by us
+  const bool client = !c.rank.valid();
+  if (status == 0 && c.failure.empty()) { // done, or left because the cluster was told to stop
+    if (client && !stopping_) {
+      settled_ = true;
+      begin_stop(0);
+    }
     return;
   }
-  if (status == 0 && c.failure.empty())
-    return; // left cleanly: the cluster was told to stop
-  complain(fmt::format("rank {} {}{}", c.rank.value,
-                       c.failure.empty() ? "was lost: it " + describe_exit(status) : "failed: ",
-                       c.failure));
-  begin_stop(1);
+  const int code = client && WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+  if (c.failure.empty()) {
+    if (!stopping_ || WIFSIGNALED(status))
+      blame(Blame::failed,
+            client ? "the client " + describe_exit(status)
+                   : fmt::format("rank {} was lost: it {}", c.rank.value, describe_exit(status)),
+            code);
+  } else if (c.cut_off) {
+    blame(client ? Blame::client_cut_off : Blame::rank_cut_off, c.failure, code);
+  } else {
+    blame(Blame::failed,
+          client ? c.failure : fmt::format("rank {} failed: {}", c.rank.value, c.failure), code);
+  }
+}
+
+void Running::blame(Blame blame, const std::string& text, int code) {
+  if (settled_ || blame <= blame_)
+    return;
+  blame_ = blame;
+  cause_ = text;
+  report_at_ = Clock::now() + kBetterCause;
+  begin_stop(code);
+  code_ = code;
+  if (blame == Blame::failed)
+    report();
+}
+
+void Running::report() {
+  if (!settled_ && blame_ != Blame::nobody)
+    complain(cause_);
+  settled_ = true;
 }
 
 void Running::read_from(Child& c) {
@@ -314,9 +371,13 @@ void Running::take_line(Child& c, const std::string& line) {
       told_ready_ = true;
       options_.on_ready(seed_.value_or(""));
     }
-  } else if (line.starts_with("failed ")) {
-    c.failure = line.substr(7);
+  } else if (line.starts_with("failed ") || line.starts_with("lost ")) {
+    if (c.failure.empty()) {
+      c.cut_off = line.starts_with("lost ");
+      c.failure = line.substr(line.find(' ') + 1);
+    }
   } else if (line == "stop") {
+    settled_ = true;
     begin_stop(0);
   }
 }
@@ -339,6 +400,8 @@ void Running::begin_stop(int code) {
     return;
   stopping_ = true;
   code_ = code;
+  if (report_at_ == Clock::time_point{})
+    report_at_ = Clock::now();
   deadline_ = Clock::now() + std::chrono::milliseconds{options_.stop_timeout_ms};
   for (auto& c : children_) {
     if (!c.alive)

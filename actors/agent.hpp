@@ -6,9 +6,14 @@
 // It forks before it creates any thread, then sleeps in poll(2). A lost rank ends the run: the rank
 // is named on stderr, everybody else is told to stop, and the exit code is 1.
 //
+// One death makes many complaints: peers lose their peer, the client loses its cluster. Children
+// tell theirs here, and only the first cause is printed: a failure or a kill at once, "I lost
+// somebody" only when nobody turns up in a moment who knows better.
+//
 //   child → agent   port N        rank 0's control port is open
 //                   ready         this rank serves
-//                   failed TEXT   this rank can't go on; it exits next
+//                   failed TEXT   this child can't go on; it exits next
+//                   lost TEXT     likewise, because somebody else went away
 //                   stop          end the run cleanly (a client that asked the cluster to stop)
 //   agent → child   seed H:P      where rank 0's control port is
 //                   stop          leave cleanly
@@ -31,7 +36,7 @@ namespace troupe {
 
 // A child's end of the line to its agent. One line, one message.
 class AgentChannel {
- public:
+public:
   explicit AgentChannel(int fd) : fd_(fd) {}
   AgentChannel(const AgentChannel&) = delete;
   AgentChannel& operator=(const AgentChannel&) = delete;
@@ -41,7 +46,7 @@ class AgentChannel {
   // The next line, blocking; nullopt when the agent is gone.
   [[nodiscard]] std::optional<std::string> hear();
 
- private:
+private:
   int fd_;
   std::mutex mutex_;
   std::string buffer_;

@@ -30,13 +30,13 @@ bool needs_counts(const SamplingParams& p) {
 struct AttentionState::Step {
   // One row whose logits are wanted.
   struct LogitRow {
-    int64_t row = 0;       // of the step
-    size_t sequence = 0;   // of `plan.sequences`
+    int64_t row = 0;     // of the step
+    size_t sequence = 0; // of `plan.sequences`
     int32_t position = 0;
-    int32_t target = -1;   // prompt id whose log-probability is wanted
+    int32_t target = -1; // prompt id whose log-probability is wanted
     bool sample = false;
-    bool keep = false;     // the raw row is wanted
-    TokenCounts counts;    // with the drafts before this row; kept only for penalties
+    bool keep = false;  // the raw row is wanted
+    TokenCounts counts; // with the drafts before this row; kept only for penalties
     Sampled sampled;
     double logprob = 0;
     std::vector<uint8_t> raw;
@@ -55,8 +55,8 @@ struct AttentionState::Step {
   std::vector<int32_t> tokens;
   BufferRef hidden; // [rows, hidden] in A, after the final norm
   std::vector<LogitRow> wanted;
-  std::vector<RowsReady> captured; // hidden states
-  std::vector<SamplingParams> sampling; // per sequence
+  std::vector<RowsReady> captured;          // hidden states
+  std::vector<SamplingParams> sampling;     // per sequence
   std::vector<const Sequence*> capture_for; // per sequence or null
   MutableRows x;
 
@@ -85,7 +85,8 @@ void AttentionState::Step::capture(int64_t index, const std::byte* rows) {
       ready.num_rows = n;
       ready.num_cols = static_cast<int64_t>(hidden_size);
       ready.bytes.resize(static_cast<size_t>(n) * hidden_size * sizeof(float));
-      const std::byte* from = rows + static_cast<size_t>(row) * hidden_size * static_cast<size_t>(size_of(a));
+      const std::byte* from =
+          rows + static_cast<size_t>(row) * hidden_size * static_cast<size_t>(size_of(a));
       for (size_t i = 0; i < static_cast<size_t>(n) * hidden_size; ++i) {
         float value = 0;
         if (a == DType::f32)
@@ -112,7 +113,8 @@ void AttentionState::Step::epilogue(Workers& workers) {
     capture(context->config.num_hidden_layers, hidden->data());
   const auto row_size = static_cast<size_t>(hidden_size * size_of(a));
   const auto vocab = static_cast<size_t>(context->config.vocab_size);
-  const auto chunk = static_cast<size_t>(std::min<int64_t>(kLogitRows, static_cast<int64_t>(wanted.size())));
+  const auto chunk =
+      static_cast<size_t>(std::min<int64_t>(kLogitRows, static_cast<int64_t>(wanted.size())));
   std::vector<std::byte> gathered(chunk * row_size);
   std::vector<float> logits(chunk * vocab);
   for (size_t begin = 0; begin < wanted.size(); begin += chunk) {
@@ -351,8 +353,7 @@ Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
   for (size_t s = 0; s < step->plan.sequences.size(); ++s) {
     const auto& plan = step->plan.sequences[s];
     const auto n = static_cast<int64_t>(plan.tokens.size());
-    const int64_t in_prompt =
-      std::clamp<int64_t>(plan.prompt_length - plan.first_position, 0, n);
+    const int64_t in_prompt = std::clamp<int64_t>(plan.prompt_length - plan.first_position, 0, n);
     const int32_t* pages = walk.pages[s].data();
     if (in_prompt > 0)
       walk.rows.prompt.push_back({row, in_prompt, plan.first_position, pages});
@@ -367,8 +368,8 @@ Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
   walk.rows.num_rows = row;
   const auto& layers = state.parts.weights->layers;
   for (size_t l = 0; l < layers.size(); ++l)
-    walk.blocks.push_back({&layers[l], static_cast<int32_t>(l),
-                           state.parts.cache->layer(static_cast<int64_t>(l))});
+    walk.blocks.push_back(
+        {&layers[l], static_cast<int32_t>(l), state.parts.cache->layer(static_cast<int64_t>(l))});
   walk.prologue = [step](Workers& workers) { step->prologue(workers); };
   walk.epilogue = [step](Workers& workers) { step->epilogue(workers); };
   const bool capture = std::any_of(step->capture_for.begin(), step->capture_for.end(),
@@ -394,7 +395,8 @@ std::string settle(AttentionState& state, Step& step, size_t index) {
   seq.drafts.clear();
   TokensReady news;
   news.id = seq.request.id;
-  news.first_index = static_cast<int32_t>(static_cast<int64_t>(seq.tokens.size()) - seq.prompt_length);
+  news.first_index =
+      static_cast<int32_t>(static_cast<int64_t>(seq.tokens.size()) - seq.prompt_length);
   RowsReady raw;
   raw.id = seq.request.id;
   raw.name = "logits";
@@ -467,10 +469,10 @@ bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
     draft.pages = plan.pages;
     if (seq->computed >= seq->prompt_length)
       draft.depth = static_cast<int32_t>(
-        std::clamp<int64_t>(std::min(left, room) - 1, 0, seq->request.spec.speculate));
+          std::clamp<int64_t>(std::min(left, room) - 1, 0, seq->request.spec.speculate));
     const auto from = seq->tokens.begin() + plan.first_position + 1;
-    const auto count = std::min<int64_t>(
-      known - plan.first_position - 1, draft.num_rows + state.context->limits.max_speculate);
+    const auto count = std::min<int64_t>(known - plan.first_position - 1,
+                                         draft.num_rows + state.context->limits.max_speculate);
     draft.next_tokens.assign(from, from + count);
     work.plan.num_modules = std::max(work.plan.num_modules, seq->request.spec.speculate);
     work.plan.sequences.push_back(std::move(draft));
@@ -539,7 +541,8 @@ void start_walk(Self self, std::shared_ptr<Step> step) {
   if (leads(state))
     for (int32_t r = 1; r < state.context->tp(); ++r)
       state.context->postman->tell(state.context->sibling(r), Route::attention, step->plan);
-  state.runner->start(std::move(walk), [self](const caf::error& error) { step_ended(self, error); });
+  state.runner->start(std::move(walk),
+                      [self](const caf::error& error) { step_ended(self, error); });
 }
 
 // Starts the next step if none is under way.
@@ -586,8 +589,8 @@ void cancel(Self self, RequestId id) {
       continue;
     seq->cancelled = true; // at the end of its step, if it is in one
     const bool in_step =
-      state.step && std::any_of(state.step->mine.begin(), state.step->mine.end(),
-                                [&](const auto& m) { return m.sequence == seq.get(); });
+        state.step && std::any_of(state.step->mine.begin(), state.step->mine.end(),
+                                  [&](const auto& m) { return m.sequence == seq.get(); });
     if (!in_step && !state.drafting)
       retire(state, seq.get(), "cancelled");
     return;
@@ -614,41 +617,41 @@ Attention::behavior_type attention(Self self, const RankContext* context, TrunkP
   state.parts = std::move(parts);
   state.trunk = std::move(trunk);
   state.runner =
-    std::make_unique<BlockRunner>(*context, state.trunk, Route::attention, self->address());
+      std::make_unique<BlockRunner>(*context, state.trunk, Route::attention, self->address());
   for (int64_t p = state.parts.cache->num_pages(); p > 0; --p)
     state.free_pages.push_back(static_cast<int32_t>(p - 1));
   return {
-    [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
-    [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
-    [=](RunRequest& request) {
-      auto& s = self->state;
-      const auto [code, why] = check(s, request.spec);
-      if (code != Errc::none)
-        return refuse(s, request, code, why);
-      if (static_cast<int64_t>(s.queue.size()) >= s.context->limits.max_queue)
-        return refuse(s, request, Errc::overloaded, "too many requests are waiting");
-      s.queue.push_back(std::move(request));
-      continue_work(self);
-    },
-    [=](StepPlan& plan) {
-      self->state.plans.push_back(std::move(plan));
-      continue_work(self);
-    },
-    [=](const Drafts& drafts) {
-      take_drafts(self, drafts);
-      retire_cancelled(self->state);
-    },
-    [=](const RowsTaken& taken) {
-      for (auto& seq : self->state.active)
-        if (seq->request.id == taken.id)
-          seq->unacknowledged -= taken.bytes;
-      continue_work(self);
-    },
-    [=](const CancelRequest& request) {
-      cancel(self, request.id);
-      retire_cancelled(self->state);
-      continue_work(self);
-    },
+      [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
+      [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
+      [=](RunRequest& request) {
+        auto& s = self->state;
+        const auto [code, why] = check(s, request.spec);
+        if (code != Errc::none)
+          return refuse(s, request, code, why);
+        if (static_cast<int64_t>(s.queue.size()) >= s.context->limits.max_queue)
+          return refuse(s, request, Errc::overloaded, "too many requests are waiting");
+        s.queue.push_back(std::move(request));
+        continue_work(self);
+      },
+      [=](StepPlan& plan) {
+        self->state.plans.push_back(std::move(plan));
+        continue_work(self);
+      },
+      [=](const Drafts& drafts) {
+        take_drafts(self, drafts);
+        retire_cancelled(self->state);
+      },
+      [=](const RowsTaken& taken) {
+        for (auto& seq : self->state.active)
+          if (seq->request.id == taken.id)
+            seq->unacknowledged -= taken.bytes;
+        continue_work(self);
+      },
+      [=](const CancelRequest& request) {
+        cancel(self, request.id);
+        retire_cancelled(self->state);
+        continue_work(self);
+      },
   };
 }
 

@@ -7,8 +7,8 @@
 //                           └──────────────────────────▶ walking, or idle when nothing is left
 //
 // A step is a list of (request, positions), prefill and decode mixed (actors/batching.hpp). What a
-// request gets never depends on the others in its steps. Siblings of a TP group run the leader's steps in
-// the order of their ids and decide nothing.
+// request gets never depends on the others in its steps. Siblings of a TP group run the leader's
+// steps in the order of their ids and decide nothing.
 #pragma once
 
 #include "actors/block_runner.hpp"
@@ -30,16 +30,16 @@
 namespace troupe {
 
 using Attention =
-  caf::typed_actor<caf::reacts_to<Envelope>, caf::reacts_to<JobDone>, caf::reacts_to<RunRequest>,
-                   caf::reacts_to<StepPlan>, caf::reacts_to<Drafts>, caf::reacts_to<RowsTaken>,
-                   caf::reacts_to<CancelRequest>>;
+    caf::typed_actor<caf::reacts_to<Envelope>, caf::reacts_to<JobDone>, caf::reacts_to<RunRequest>,
+                     caf::reacts_to<StepPlan>, caf::reacts_to<Drafts>, caf::reacts_to<RowsTaken>,
+                     caf::reacts_to<CancelRequest>>;
 
 // What the trunk runs on; shared with the rank's MTP actor. Immutable but for the cache's bytes.
 struct TrunkParts {
   std::shared_ptr<const TrunkWeights> weights;
   TrunkShare share;
-  std::shared_ptr<LatentCache> cache;      // layers of the main model
-  std::shared_ptr<LatentCache> mtp_cache;  // one layer per drafting depth; null without MTP
+  std::shared_ptr<LatentCache> cache;         // layers of the main model
+  std::shared_ptr<LatentCache> mtp_cache;     // one layer per drafting depth; null without MTP
   std::shared_ptr<const Tokenizer> tokenizer; // null: no stop strings
   std::vector<int32_t> eos_ids;
   int32_t num_ids = 0; // ids from here on are never sampled
@@ -50,14 +50,14 @@ struct Sequence {
   RunRequest request;
   std::vector<int32_t> tokens; // prompt and answer
   int64_t prompt_length = 0;
-  int64_t computed = 0;         // positions in the cache
+  int64_t computed = 0; // positions in the cache
   std::vector<int32_t> pages;
-  std::vector<int32_t> drafts;  // to be checked in the next step
-  TokenCounts counts;           // kept only where a penalty needs them
+  std::vector<int32_t> drafts;            // to be checked in the next step
+  TokenCounts counts;                     // kept only where a penalty needs them
   std::optional<Detokenizer> detokenizer; // kept only for stop strings
-  std::string tail;             // text that a stop string may still begin in
+  std::string tail;                       // text that a stop string may still begin in
   int64_t drafted = 0, accepted = 0, steps = 0;
-  int64_t unacknowledged = 0;   // bytes of rows sent and not yet taken
+  int64_t unacknowledged = 0; // bytes of rows sent and not yet taken
   bool cancelled = false;
   Nanoseconds started{0}, first_token{0};
 };
@@ -72,11 +72,11 @@ struct AttentionState {
   uint64_t drafted_step = 0; // the last one that drafts were asked for
   bool drafting = false;
   struct Step;
-  std::shared_ptr<Step> step;               // the one under way
+  std::shared_ptr<Step> step;                    // the one under way
   std::vector<std::unique_ptr<Sequence>> active; // oldest first
-  std::deque<RunRequest> queue;             // waiting for cache pages
+  std::deque<RunRequest> queue;                  // waiting for cache pages
   std::vector<int32_t> free_pages;
-  std::deque<StepPlan> plans;               // sibling: steps to run
+  std::deque<StepPlan> plans; // sibling: steps to run
 };
 
 Attention::behavior_type attention(Attention::stateful_pointer<AttentionState> self,

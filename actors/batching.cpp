@@ -12,7 +12,7 @@ std::vector<BatchRows> plan_batch(std::span<const BatchItem> items, const BatchL
     if (item.paused || item.computed < item.prompt_length || item.computed >= item.known)
       continue;
     step.push_back(
-      {static_cast<int32_t>(i), item.known - item.computed + item.drafts, item.drafts});
+        {static_cast<int32_t>(i), item.known - item.computed + item.drafts, item.drafts});
   }
   int64_t room = limits.prefill_chunk;
   for (size_t i = 0; i < items.size() && has_room() && room > 0; ++i) {

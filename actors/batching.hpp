@@ -9,16 +9,16 @@ namespace troupe {
 
 // A request as the planner sees it, oldest first.
 struct BatchItem {
-  int64_t known = 0;         // tokens known (prompt + answer)
+  int64_t known = 0; // tokens known (prompt + answer)
   int64_t prompt_length = 0;
-  int64_t computed = 0;      // positions whose latents are in the cache
-  int64_t drafts = 0;        // drafted tokens waiting for their check
-  bool paused = false;       // its client must first take what it was sent
+  int64_t computed = 0; // positions whose latents are in the cache
+  int64_t drafts = 0;   // drafted tokens waiting for their check
+  bool paused = false;  // its client must first take what it was sent
 };
 
 struct BatchLimits {
-  int64_t max_sequences = 0;  // --batch
-  int64_t prefill_chunk = 0;  // prompt rows of one step, over all requests
+  int64_t max_sequences = 0; // --batch
+  int64_t prefill_chunk = 0; // prompt rows of one step, over all requests
 };
 
 // Rows of item `item` in the step: positions computed … computed + num_rows - 1; the last

@@ -77,8 +77,8 @@ struct BlockRunner::State {
   Need need = Need::nothing;
   caf::error error;
   bool job_running = false;
-  BufferRef own_partial;               // F32 [rows, hidden], filled by a job
-  std::map<RankId, Answer> answers;    // by destination
+  BufferRef own_partial;            // F32 [rows, hidden], filled by a job
+  std::map<RankId, Answer> answers; // by destination
   size_t answers_missing = 0;
   Nanoseconds sent_at{0};
   // Siblings' messages, possibly ahead of us by one exchange: (walk, layer, exchange, source).
@@ -237,9 +237,8 @@ void BlockRunner::State::fill_dispatches(Workers& workers) {
   const auto count = static_cast<size_t>(num_rows()) * static_cast<size_t>(top_k);
   const GateChoice choice{std::span{topk_idx}.first(count), std::span{topk_weight}.first(count),
                           top_k, static_cast<int32_t>(config.experts_per_group())};
-  auto tables =
-    plan_dispatch(*context.view, context.view->layer(now().layer), context.self, choice,
-                  share_begin(tp_rank()), share_begin(tp_rank() + 1));
+  auto tables = plan_dispatch(*context.view, context.view->layer(now().layer), context.self, choice,
+                              share_begin(tp_rank()), share_begin(tp_rank() + 1));
   if (!tables) {
     fail(tables.error());
     return;
@@ -372,12 +371,13 @@ void BlockRunner::State::take_gathered() {
   for (int r = 0; r < tp(); ++r) {
     if (r == tp_rank())
       continue;
-    const auto& buffer = from_siblings.at({walk.id, static_cast<uint32_t>(now().layer), kGathered,
-                                           context.sibling(r)});
+    const auto& buffer = from_siblings.at(
+        {walk.id, static_cast<uint32_t>(now().layer), kGathered, context.sibling(r)});
     const auto first = static_cast<size_t>(share_begin(r));
     const auto count = static_cast<size_t>(share_begin(r + 1)) - first;
     if (buffer)
-      std::memcpy(x_memory.data() + first * row, buffer->data(), std::min(count * row, buffer->size()));
+      std::memcpy(x_memory.data() + first * row, buffer->data(),
+                  std::min(count * row, buffer->size()));
   }
   drop_partials(kGathered);
   own_partial = {};
@@ -386,7 +386,7 @@ void BlockRunner::State::take_gathered() {
 // Memory for this rank's FP32 partial; nullptr (and the walk failed) when the pool has no room.
 float* BlockRunner::State::new_partial() {
   const auto bytes =
-    static_cast<size_t>(num_rows()) * static_cast<size_t>(hidden()) * sizeof(float);
+      static_cast<size_t>(num_rows()) * static_cast<size_t>(hidden()) * sizeof(float);
   auto buffer = context.fabric->pool().acquire(bytes);
   if (!buffer) {
     fail(buffer.error());
@@ -399,10 +399,10 @@ float* BlockRunner::State::new_partial() {
 std::vector<const float*> BlockRunner::State::partials(uint32_t exchange) {
   std::vector<const float*> list;
   for (int r = 0; r < tp(); ++r) {
-    const auto& buffer =
-      r == tp_rank() ? own_partial
-                     : from_siblings.at({walk.id, static_cast<uint32_t>(now().layer), exchange,
-                                         context.sibling(r)});
+    const auto& buffer = r == tp_rank()
+                             ? own_partial
+                             : from_siblings.at({walk.id, static_cast<uint32_t>(now().layer),
+                                                 exchange, context.sibling(r)});
     list.push_back(reinterpret_cast<const float*>(buffer->data()));
   }
   return list;
@@ -411,15 +411,14 @@ std::vector<const float*> BlockRunner::State::partials(uint32_t exchange) {
 void BlockRunner::State::drop_partials(uint32_t exchange) {
   for (int r = 0; r < tp(); ++r)
     from_siblings.erase(
-      {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)});
+        {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)});
   own_partial = {};
 }
 
 bool BlockRunner::State::have_all(uint32_t exchange) const {
   for (int r = 0; r < tp(); ++r)
-    if (r != tp_rank() &&
-        !from_siblings.contains(
-          {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)}))
+    if (r != tp_rank() && !from_siblings.contains({walk.id, static_cast<uint32_t>(now().layer),
+                                                   exchange, context.sibling(r)}))
       return false;
   return true;
 }
@@ -441,15 +440,15 @@ void BlockRunner::run_job(const char* name, Job job, std::function<void()> done)
   jobs_.emplace(ticket, std::move(done));
   auto* trace = state_->context.trace;
   const int64_t layer =
-    state_->busy && state_->block < state_->walk.blocks.size() ? state_->now().layer : -1;
+      state_->busy && state_->block < state_->walk.blocks.size() ? state_->now().layer : -1;
   state_->context.stream->start(
-    name, std::move(job),
-    [handle = caf::actor_cast<caf::actor>(self_), ticket, trace, name,
-     layer](const JobTiming& timing) {
-      if (trace)
-        trace->add({name, "compute", timing.started, timing.finished, layer});
-      caf::anon_send(handle, JobDone{ticket});
-    });
+      name, std::move(job),
+      [handle = caf::actor_cast<caf::actor>(self_), ticket, trace, name,
+       layer](const JobTiming& timing) {
+        if (trace)
+          trace->add({name, "compute", timing.started, timing.finished, layer});
+        caf::anon_send(handle, JobDone{ticket});
+      });
 }
 
 void BlockRunner::on_job_done(uint64_t ticket) {
@@ -477,8 +476,8 @@ void BlockRunner::start_stage_job() {
   s.job_running = true;
   const char* name = s.stage == Stage::shared ? "shared experts" : "trunk";
   run_job(
-    name, [state = state_](Workers& workers) { state->run_stage(workers); },
-    [this] { after_stage_job(); });
+      name, [state = state_](Workers& workers) { state->run_stage(workers); },
+      [this] { after_stage_job(); });
 }
 
 void BlockRunner::after_stage_job() {
@@ -555,19 +554,20 @@ void BlockRunner::on_envelope(Envelope envelope) {
   const auto answer = s.answers.find(h.source);
   if (answer == s.answers.end() || answer->second.rows)
     return;
-  const auto expected = answer_rows(answer->second.table.rows, answer->second.table.entries).size() *
-                        answer_row_bytes(s.a(), s.hidden());
+  const auto expected =
+      answer_rows(answer->second.table.rows, answer->second.table.entries).size() *
+      answer_row_bytes(s.a(), s.hidden());
   if (!envelope.payload || envelope.payload->size() != expected) {
     if (!s.error)
-      s.error = make_error(Errc::malformed,
-                           fmt::format("combine from rank {} has {} bytes, expected {}",
-                                       h.source.value, h.payload_bytes, expected));
+      s.error =
+          make_error(Errc::malformed, fmt::format("combine from rank {} has {} bytes, expected {}",
+                                                  h.source.value, h.payload_bytes, expected));
   }
   answer->second.rows = std::move(envelope.payload);
   --s.answers_missing;
   if (s.answers_missing == 0 && s.context.trace)
     s.context.trace->add(
-      {"dispatch to combine", "wire", s.sent_at, s.context.clock->now(), s.now().layer});
+        {"dispatch to combine", "wire", s.sent_at, s.context.clock->now(), s.now().layer});
   maybe_continue();
 }
 
@@ -580,17 +580,24 @@ void BlockRunner::maybe_continue() {
     return;
   }
   const bool cut_shared =
-    s.tp() > 1 && s.now().weights->ffn_is_cut && s.now().weights->shared.gate.n > 0;
+      s.tp() > 1 && s.now().weights->ffn_is_cut && s.now().weights->shared.gate.n > 0;
   bool ready = false;
   switch (s.stage) {
-  case Stage::finish_attention: ready = s.have_all(kAttentionPartial); break;
-  case Stage::finish_ffn: ready = s.have_all(kFfnPartial); break;
+  case Stage::finish_attention:
+    ready = s.have_all(kAttentionPartial);
+    break;
+  case Stage::finish_ffn:
+    ready = s.have_all(kFfnPartial);
+    break;
   case Stage::combine:
     ready = s.answers_missing == 0 && (!cut_shared || s.have_all(kFfnPartial));
     break;
-  case Stage::gather: ready = s.have_all(kGathered); break;
+  case Stage::gather:
+    ready = s.have_all(kGathered);
+    break;
   case Stage::attention:
-  case Stage::shared: break;
+  case Stage::shared:
+    break;
   }
   if (ready)
     start_stage_job();

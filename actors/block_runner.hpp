@@ -34,24 +34,24 @@ namespace troupe {
 // One block of the walk.
 struct WalkBlock {
   const BlockWeights* weights = nullptr;
-  int32_t layer = 0;           // global number: placement and dispatch id
+  int32_t layer = 0; // global number: placement and dispatch id
   LatentCacheLayer cache;
 };
 
 // One walk. `x` holds the residual stream throughout.
 struct Walk {
-  uint64_t id = 0;    // on the wire; grows from walk to walk, equal on all siblings
-  StepRows rows;      // points into `pages`
+  uint64_t id = 0; // on the wire; grows from walk to walk, equal on all siblings
+  StepRows rows;   // points into `pages`
   std::vector<std::vector<int32_t>> pages; // page tables of the sequences, kept alive here
   std::vector<WalkBlock> blocks;
-  std::function<void(Workers&)> prologue;  // fills x; runs in the first job
-  std::function<void(Workers&)> epilogue;  // reads x; runs in the last job
+  std::function<void(Workers&)> prologue; // fills x; runs in the first job
+  std::function<void(Workers&)> epilogue; // reads x; runs in the last job
   // Sees the residual stream before each block (index into blocks); in a job. May be empty.
   std::function<void(size_t)> tap;
 };
 
 class BlockRunner {
- public:
+public:
   // Jobs' ends come to `self` as JobDone, which it hands to on_job_done.
   BlockRunner(const RankContext& context, std::shared_ptr<Trunk> trunk, Route route,
               caf::actor_addr self);
@@ -69,7 +69,7 @@ class BlockRunner {
   void on_envelope(Envelope envelope);
   void on_job_done(uint64_t ticket);
 
- private:
+private:
   struct State;
   void start_stage_job();
   void after_stage_job();

@@ -1,6 +1,7 @@
 #include "actors/client.hpp"
 
 #include <caf/io/middleman.hpp>
+#include <caf/sec.hpp>
 #include <caf/send.hpp>
 
 #include <fmt/format.h>
@@ -16,9 +17,13 @@ namespace {
 constexpr auto kAnswerTimeout = std::chrono::seconds{60};
 constexpr auto kPollPeriod = std::chrono::milliseconds{200};
 
-caf::error foreign(const std::string& what, const caf::error& error) {
-  return make_error(code_of(error) == Errc::internal ? Errc::peer_lost : code_of(error),
-                    what + ": " + text_of(error));
+// A refusal in the cluster's own words, or CAF's word for a silent or vanished peer in ours.
+caf::error refusal(const std::string& what, const caf::error& error) {
+  if (code_of(error) != Errc::internal)
+    return error;
+  if (error == caf::sec::request_timeout)
+    return make_error(Errc::timeout, what + ": the cluster did not answer in time");
+  return make_error(Errc::peer_lost, what + ": the cluster went away");
 }
 
 } // namespace
@@ -51,11 +56,9 @@ ClusterClient::connect(caf::actor_system& system, const std::string& host, uint1
     auto handle = system.middleman().remote_actor(host, port);
     if (handle)
       return std::unique_ptr<ClusterClient>{
-        new ClusterClient{system, std::move(*handle), std::move(token)}};
+          new ClusterClient{system, std::move(*handle), std::move(token)}};
     if (std::chrono::steady_clock::now() >= deadline)
-      return make_error(Errc::unreachable,
-                        fmt::format("no cluster answers at {}:{} ({})", host, port,
-                                    text_of(handle.error())));
+      return make_error(Errc::unreachable, fmt::format("no cluster answers at {}:{}", host, port));
     std::this_thread::sleep_for(std::chrono::milliseconds{50});
   }
 }
@@ -63,14 +66,14 @@ ClusterClient::connect(caf::actor_system& system, const std::string& host, uint1
 std::unique_ptr<ClusterClient> ClusterClient::local(caf::actor_system& system,
                                                     caf::actor control_port, std::string token) {
   return std::unique_ptr<ClusterClient>{
-    new ClusterClient{system, std::move(control_port), std::move(token)}};
+      new ClusterClient{system, std::move(control_port), std::move(token)}};
 }
 
 caf::expected<ClusterInfo> ClusterClient::info(std::chrono::milliseconds timeout) {
   caf::expected<ClusterInfo> answer{caf::error{}};
   self_->request(port_, timeout, GetClusterInfo{token_})
-    .receive([&](ClusterInfo& info) { answer = std::move(info); },
-             [&](caf::error& error) { answer = foreign("asking the cluster", error); });
+      .receive([&](ClusterInfo& info) { answer = std::move(info); },
+               [&](caf::error& error) { answer = refusal("asking the cluster", error); });
   return answer;
 }
 
@@ -78,12 +81,12 @@ caf::expected<RequestId> ClusterClient::submit(RequestSpec spec) {
   caf::expected<RequestId> answer{caf::error{}};
   SubmitRequest request{token_, std::move(spec), caf::actor_cast<caf::actor>(self_)};
   self_->request(port_, kAnswerTimeout, std::move(request))
-    .receive(
-      [&](RequestId id) {
-        answer = id;
-        open_.insert(id);
-      },
-             [&](caf::error& error) { answer = foreign("submitting the request", error); });
+      .receive(
+          [&](RequestId id) {
+            answer = id;
+            open_.insert(id);
+          },
+          [&](caf::error& error) { answer = refusal("submitting the request", error); });
   return answer;
 }
 
@@ -93,18 +96,17 @@ caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
   bool cancelled = false;
   while (!done && !down_) {
     self_->receive(
-      [&](TokensReady& news) {
-        if (handlers.on_tokens)
-          handlers.on_tokens(news);
-      },
-      [&](RowsReady& news) {
-        if (handlers.on_rows)
-          handlers.on_rows(news);
-        self_->send(port_, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
-      },
-      [&](RequestDone& news) { done = std::move(news); },
-      [&](const caf::down_msg&) { down_ = true; },
-      caf::after(kPollPeriod) >> [] {});
+        [&](TokensReady& news) {
+          if (handlers.on_tokens)
+            handlers.on_tokens(news);
+        },
+        [&](RowsReady& news) {
+          if (handlers.on_rows)
+            handlers.on_rows(news);
+          self_->send(port_, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
+        },
+        [&](RequestDone& news) { done = std::move(news); },
+        [&](const caf::down_msg&) { down_ = true; }, caf::after(kPollPeriod) >> [] {});
     if (interrupted && !cancelled && interrupted()) {
       cancelled = true;
       for (const auto id : open_)
@@ -120,15 +122,15 @@ caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
 caf::expected<ClusterStats> ClusterClient::stats() {
   caf::expected<ClusterStats> answer{caf::error{}};
   self_->request(port_, kAnswerTimeout, GetClusterStats{token_})
-    .receive([&](ClusterStats& stats) { answer = std::move(stats); },
-             [&](caf::error& error) { answer = foreign("asking for statistics", error); });
+      .receive([&](ClusterStats& stats) { answer = std::move(stats); },
+               [&](caf::error& error) { answer = refusal("asking for statistics", error); });
   return answer;
 }
 
 caf::error ClusterClient::stop_cluster() {
   caf::error answer;
   self_->request(port_, kAnswerTimeout, StopCluster{token_})
-    .receive([&](caf::unit_t) {}, [&](caf::error& error) { answer = foreign("stopping", error); });
+      .receive([] {}, [&](caf::error& error) { answer = refusal("stopping", error); });
   return answer;
 }
 

@@ -22,16 +22,15 @@ struct RequestHandlers {
 };
 
 class ClusterClient {
- public:
+public:
   // Connects to a control port, trying until `timeout` has passed. Errc::unreachable with the
   // address; Errc::mismatch for a wrong token.
   [[nodiscard]] static caf::expected<std::unique_ptr<ClusterClient>>
   connect(caf::actor_system& system, const std::string& host, uint16_t port, std::string token,
           std::chrono::milliseconds timeout);
   // A control port of this process.
-  [[nodiscard]] static std::unique_ptr<ClusterClient> local(caf::actor_system& system,
-                                                            caf::actor control_port,
-                                                            std::string token);
+  [[nodiscard]] static std::unique_ptr<ClusterClient>
+  local(caf::actor_system& system, caf::actor control_port, std::string token);
 
   // Waits until the cluster runs.
   [[nodiscard]] caf::expected<ClusterInfo> info(std::chrono::milliseconds timeout);
@@ -44,7 +43,7 @@ class ClusterClient {
   [[nodiscard]] caf::expected<ClusterStats> stats();
   [[nodiscard]] caf::error stop_cluster();
 
- private:
+private:
   ClusterClient(caf::actor_system& system, caf::actor port, std::string token);
   caf::scoped_actor self_;
   caf::actor port_;

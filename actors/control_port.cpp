@@ -36,46 +36,47 @@ caf::behavior control_port(Self self, std::string cluster_token, caf::actor memb
   state.cluster_token = std::move(cluster_token);
   state.membership = std::move(membership);
   state.supervisor = std::move(supervisor);
-  self->set_default_handler([](caf::scheduled_actor*, caf::message_view&) -> caf::result<caf::message> {
-    return make_error(Errc::malformed, "the control port does not know this message");
-  });
+  self->set_default_handler(
+      [](caf::scheduled_actor*, caf::message_view&) -> caf::result<caf::message> {
+        return make_error(Errc::malformed, "the control port does not know this message");
+      });
   return {
-    [=](JoinRequest& request) -> caf::result<caf::message> {
-      if (request.cluster_token != self->state.cluster_token)
-        return wrong_token();
-      auto promise = self->make_response_promise();
-      promise.delegate(self->state.membership, std::move(request));
-      return caf::delegated<caf::message>{};
-    },
-    [=](SubmitRequest& request) { return ask_gateway(self, request); },
-    [=](GetClusterInfo& query) { return ask_gateway(self, query); },
-    [=](GetClusterStats& query) { return ask_gateway(self, query); },
-    [=](const RowsTaken& taken) {
-      if (self->state.gateway)
-        caf::anon_send(self->state.gateway, taken);
-    },
-    [=](const CancelRequest& request) {
-      if (self->state.gateway)
-        caf::anon_send(self->state.gateway, request);
-    },
-    [=](const StopCluster& command) -> caf::result<caf::unit_t> {
-      if (command.cluster_token != self->state.cluster_token)
-        return wrong_token();
-      caf::anon_send(self->state.supervisor, command);
-      return caf::unit;
-    },
-    [=](const OpenControlPort& open) {
-      auto& s = self->state;
-      s.gateway = open.gateway;
-      s.closed = open.why;
-      for (auto& w : s.waiting) {
-        if (s.gateway)
-          w.promise.delegate(s.gateway, w.question);
-        else
-          w.promise.deliver(s.closed);
-      }
-      s.waiting.clear();
-    },
+      [=](JoinRequest& request) -> caf::result<caf::message> {
+        if (request.cluster_token != self->state.cluster_token)
+          return wrong_token();
+        auto promise = self->make_response_promise();
+        promise.delegate(self->state.membership, std::move(request));
+        return caf::delegated<caf::message>{};
+      },
+      [=](SubmitRequest& request) { return ask_gateway(self, request); },
+      [=](GetClusterInfo& query) { return ask_gateway(self, query); },
+      [=](GetClusterStats& query) { return ask_gateway(self, query); },
+      [=](const RowsTaken& taken) {
+        if (self->state.gateway)
+          caf::anon_send(self->state.gateway, taken);
+      },
+      [=](const CancelRequest& request) {
+        if (self->state.gateway)
+          caf::anon_send(self->state.gateway, request);
+      },
+      [=](const StopCluster& command) -> caf::result<caf::unit_t> {
+        if (command.cluster_token != self->state.cluster_token)
+          return wrong_token();
+        caf::anon_send(self->state.supervisor, command);
+        return caf::unit;
+      },
+      [=](const OpenControlPort& open) {
+        auto& s = self->state;
+        s.gateway = open.gateway;
+        s.closed = open.why;
+        for (auto& w : s.waiting) {
+          if (s.gateway)
+            w.promise.delegate(s.gateway, w.question);
+          else
+            w.promise.deliver(s.closed);
+        }
+        s.waiting.clear();
+      },
   };
 }
 

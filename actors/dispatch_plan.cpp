@@ -26,8 +26,8 @@ caf::error entries_of_row(const View& view, const LayerPlacement& placement,
                           std::vector<DispatchEntry>& entries) {
   entries.clear();
   for (int32_t k = 0; k < choice.top_k; ++k) {
-    const auto at = static_cast<size_t>(row) * static_cast<size_t>(choice.top_k) +
-                    static_cast<size_t>(k);
+    const auto at =
+        static_cast<size_t>(row) * static_cast<size_t>(choice.top_k) + static_cast<size_t>(k);
     const ExpertId expert{choice.topk_idx[at]};
     const int32_t slot = choose_slot(view, placement, expert, row);
     if (slot < 0)
@@ -136,9 +136,9 @@ std::vector<DispatchTable> plan_forward(const LayerPlacement& placement,
   for (size_t r = 0; r < table.rows.size(); ++r) {
     const auto count = static_cast<size_t>(table.rows[r].num_entries);
     deal_row(
-      std::span{table.entries}.subspan(entry, count), static_cast<int32_t>(r), tables,
-      [&](const DispatchEntry& e) { return placement.slots[static_cast<size_t>(e.slot)].rank; },
-      [](const DispatchEntry& e) { return e.complete != 0; });
+        std::span{table.entries}.subspan(entry, count), static_cast<int32_t>(r), tables,
+        [&](const DispatchEntry& e) { return placement.slots[static_cast<size_t>(e.slot)].rank; },
+        [](const DispatchEntry& e) { return e.complete != 0; });
     entry += count;
   }
   return values(std::move(tables));
@@ -172,9 +172,12 @@ size_t fp8_scales_offset(int64_t hidden) { return (static_cast<size_t>(hidden) +
 size_t row_bytes(RowFormat format, int64_t hidden) {
   const auto n = static_cast<size_t>(hidden);
   switch (format) {
-  case RowFormat::f32: return align16(n * 4);
-  case RowFormat::bf16: return align16(n * 2);
-  case RowFormat::fp8: return align16(fp8_scales_offset(hidden) + (n + 127) / 128 * 4);
+  case RowFormat::f32:
+    return align16(n * 4);
+  case RowFormat::bf16:
+    return align16(n * 2);
+  case RowFormat::fp8:
+    return align16(fp8_scales_offset(hidden) + (n + 127) / 128 * 4);
   }
   return 0;
 }
@@ -184,17 +187,16 @@ DispatchLayout dispatch_layout(const DispatchHead& head) {
   layout.rows_offset = sizeof(DispatchHead);
   layout.entries_offset = align16(layout.rows_offset + size_t{head.num_rows} * sizeof(DispatchRow));
   layout.data_offset =
-    align16(layout.entries_offset + size_t{head.num_entries} * sizeof(DispatchEntry));
+      align16(layout.entries_offset + size_t{head.num_entries} * sizeof(DispatchEntry));
   layout.total_bytes = layout.data_offset + size_t{head.num_rows} * head.row_bytes;
   return layout;
 }
 
 void write_table(std::span<std::byte> payload, const DispatchTable& table, RowFormat format,
                  int64_t hidden) {
-  const DispatchHead head{static_cast<uint32_t>(table.rows.size()),
-                          static_cast<uint32_t>(table.entries.size()),
-                          static_cast<uint32_t>(row_bytes(format, hidden)),
-                          static_cast<uint32_t>(format)};
+  const DispatchHead head{
+      static_cast<uint32_t>(table.rows.size()), static_cast<uint32_t>(table.entries.size()),
+      static_cast<uint32_t>(row_bytes(format, hidden)), static_cast<uint32_t>(format)};
   const auto layout = dispatch_layout(head);
   std::memcpy(payload.data(), &head, sizeof head);
   if (!table.rows.empty())
@@ -213,15 +215,15 @@ caf::expected<DispatchView> read_dispatch(std::span<const std::byte> payload,
     return malformed("shorter than its head");
   std::memcpy(&view.head, payload.data(), sizeof(DispatchHead));
   if (view.head.format != static_cast<uint32_t>(format))
-    return malformed(fmt::format("row format {}, expected {}", view.head.format,
-                                 static_cast<uint32_t>(format)));
+    return malformed(
+        fmt::format("row format {}, expected {}", view.head.format, static_cast<uint32_t>(format)));
   if (view.head.row_bytes != row_bytes(format, hidden))
     return malformed(fmt::format("{} bytes per row, expected {}", view.head.row_bytes,
                                  row_bytes(format, hidden)));
   const auto layout = dispatch_layout(view.head);
   if (layout.total_bytes != payload.size())
-    return malformed(fmt::format("{} bytes, its head calls for {}", payload.size(),
-                                 layout.total_bytes));
+    return malformed(
+        fmt::format("{} bytes, its head calls for {}", payload.size(), layout.total_bytes));
   // Payload memory is 64-byte aligned (transport/buffer.hpp) and so are all parts by 16.
   view.rows = {reinterpret_cast<const DispatchRow*>(payload.data() + layout.rows_offset),
                view.head.num_rows};
@@ -239,8 +241,8 @@ caf::expected<DispatchView> read_dispatch(std::span<const std::byte> payload,
         return malformed(fmt::format("slot {} does not exist", x.slot));
       const auto& slot = placement.slots[static_cast<size_t>(x.slot)];
       if (slot.expert.value != x.expert)
-        return malformed(fmt::format("slot {} hosts expert {}, not {}", x.slot, slot.expert.value,
-                                     x.expert));
+        return malformed(
+            fmt::format("slot {} hosts expert {}, not {}", x.slot, slot.expert.value, x.expert));
       if (self.valid() && slot.rank != self)
         return malformed(fmt::format("slot {} lives on rank {}", x.slot, slot.rank.value));
       if (!std::isfinite(x.weight))

@@ -2,9 +2,9 @@
 //
 // A dispatch is a table and rows. The table lists, for each row, the experts it wants: *entries*
 // ordered by (gate group, top-k place), each with its gate weight. A group is *complete* when every
-// expert that the token chose in that group is in this dispatch; its entries may then be answered by one
-// row, weighted, summed and rounded (contract, Combine). The answer carries no table: its rows come
-// in an order that both sides derive from the dispatch's table (`answer_rows`).
+// expert that the token chose in that group is in this dispatch; its entries may then be answered
+// by one row, weighted, summed and rounded (contract, Combine). The answer carries no table: its
+// rows come in an order that both sides derive from the dispatch's table (`answer_rows`).
 //
 // Payload of a dispatch or forward (little-endian, every part 16-byte aligned):
 //
@@ -40,16 +40,17 @@ struct DispatchRow {
 };
 
 struct DispatchEntry {
-  int32_t slot = 0;    // physical slot in the layer's placement
-  int32_t expert = 0;  // logical expert, checked against the slot
+  int32_t slot = 0;     // physical slot in the layer's placement
+  int32_t expert = 0;   // logical expert, checked against the slot
   uint32_t version = 0; // slot version the source believes in
-  float weight = 0;    // gate weight
+  float weight = 0;     // gate weight
   int16_t group = 0;
-  int16_t place = 0;   // top-k place, 0 = best
+  int16_t place = 0; // top-k place, 0 = best
   uint16_t complete = 0;
   uint16_t reserved = 0;
 };
-static_assert(sizeof(DispatchHead) == 16 && sizeof(DispatchRow) == 8 && sizeof(DispatchEntry) == 24);
+static_assert(sizeof(DispatchHead) == 16 && sizeof(DispatchRow) == 8 &&
+              sizeof(DispatchEntry) == 24);
 
 // The table of one message and where it goes.
 struct DispatchTable {
@@ -67,8 +68,8 @@ struct AnswerRow {
 };
 
 struct GateChoice {
-  std::span<const int32_t> topk_idx;    // [num_rows, top_k]
-  std::span<const float> topk_weight;   // [num_rows, top_k]
+  std::span<const int32_t> topk_idx;  // [num_rows, top_k]
+  std::span<const float> topk_weight; // [num_rows, top_k]
   int32_t top_k = 0;
   int32_t experts_per_group = 1;
 };

@@ -22,8 +22,8 @@ struct Taken {
   DispatchView view;
   std::vector<AnswerRow> answers;
   BufferRef answer;
-  int64_t first_row = 0;                // of its rows in the job's x
-  std::vector<int64_t> out_of_entry;    // row of `out` that holds an entry's result
+  int64_t first_row = 0;             // of its rows in the job's x
+  std::vector<int64_t> out_of_entry; // row of `out` that holds an entry's result
 };
 
 } // namespace
@@ -80,8 +80,8 @@ caf::expected<Taken> ExpertShardState::Work::take(Envelope envelope) const {
   if (!envelope.payload)
     return make_error(Errc::malformed, "dispatch: empty");
   Taken t;
-  auto table = read_dispatch(envelope.payload->bytes(), view.layer(layer), context.self, format(),
-                             hidden());
+  auto table =
+      read_dispatch(envelope.payload->bytes(), view.layer(layer), context.self, format(), hidden());
   if (!table)
     return table.error();
   t.view = *table;
@@ -108,19 +108,21 @@ void ExpertShardState::Work::gather_rows(Workers& workers) {
   const size_t tiles = (h + 127) / 128;
   for (auto& t : taken) {
     const auto stride = size_t{t.view.head.row_bytes};
-    workers.parallel_for(static_cast<int64_t>(t.view.rows.size()), 64, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        const std::byte* from = t.view.data + static_cast<size_t>(i) * stride;
-        const auto to = static_cast<size_t>(t.first_row + i);
-        if (codes.empty()) {
-          const auto n = h * static_cast<size_t>(size_of(a()));
-          std::memcpy(x.data() + to * n, from, n);
-        } else {
-          std::memcpy(codes.data() + to * h, from, h);
-          std::memcpy(scales.data() + to * tiles, from + fp8_scales_offset(hidden()), tiles * 4);
-        }
-      }
-    });
+    workers.parallel_for(static_cast<int64_t>(t.view.rows.size()), 64,
+                         [&](int64_t begin, int64_t end, int) {
+                           for (int64_t i = begin; i < end; ++i) {
+                             const std::byte* from = t.view.data + static_cast<size_t>(i) * stride;
+                             const auto to = static_cast<size_t>(t.first_row + i);
+                             if (codes.empty()) {
+                               const auto n = h * static_cast<size_t>(size_of(a()));
+                               std::memcpy(x.data() + to * n, from, n);
+                             } else {
+                               std::memcpy(codes.data() + to * h, from, h);
+                               std::memcpy(scales.data() + to * tiles,
+                                           from + fp8_scales_offset(hidden()), tiles * 4);
+                             }
+                           }
+                         });
   }
 }
 
@@ -134,7 +136,7 @@ void ExpertShardState::Work::run(Workers& workers) {
     for (size_t r = 0; r < t.view.rows.size(); ++r)
       for (int32_t i = 0; i < t.view.rows[r].num_entries; ++i, ++e)
         rows_of_slot[{layer, t.view.entries[e].slot}].push_back(
-          static_cast<int32_t>(t.first_row + static_cast<int64_t>(r)));
+            static_cast<int32_t>(t.first_row + static_cast<int64_t>(r)));
   }
   std::vector<ExpertGroup> groups;
   std::map<std::pair<int32_t, int32_t>, int64_t> next_out;
@@ -163,23 +165,24 @@ void ExpertShardState::Work::run(Workers& workers) {
 void ExpertShardState::Work::answer(Taken& t, Workers& workers) {
   const auto row = static_cast<size_t>(hidden()) * static_cast<size_t>(size_of(a()));
   const auto stride = answer_row_bytes(a(), hidden());
-  workers.parallel_for(static_cast<int64_t>(t.answers.size()), 16, [&](int64_t begin, int64_t end, int) {
-    std::vector<CombineTerm> terms;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto& to_answer = t.answers[static_cast<size_t>(i)];
-      std::byte* to = t.answer->data() + static_cast<size_t>(i) * stride;
-      terms.clear();
-      for (int32_t j = 0; j < to_answer.num_entries; ++j) {
-        const auto e = static_cast<size_t>(to_answer.first_entry + j);
-        terms.push_back({out.data() + static_cast<size_t>(t.out_of_entry[e]) * row,
-                         t.view.entries[e].weight, t.view.entries[e].group, false});
-      }
-      if (to_answer.complete)
-        sum_group(terms, a(), hidden(), to);
-      else
-        std::memcpy(to, terms.front().row, row);
-    }
-  });
+  workers.parallel_for(
+      static_cast<int64_t>(t.answers.size()), 16, [&](int64_t begin, int64_t end, int) {
+        std::vector<CombineTerm> terms;
+        for (int64_t i = begin; i < end; ++i) {
+          const auto& to_answer = t.answers[static_cast<size_t>(i)];
+          std::byte* to = t.answer->data() + static_cast<size_t>(i) * stride;
+          terms.clear();
+          for (int32_t j = 0; j < to_answer.num_entries; ++j) {
+            const auto e = static_cast<size_t>(to_answer.first_entry + j);
+            terms.push_back({out.data() + static_cast<size_t>(t.out_of_entry[e]) * row,
+                             t.view.entries[e].weight, t.view.entries[e].group, false});
+          }
+          if (to_answer.complete)
+            sum_group(terms, a(), hidden(), to);
+          else
+            std::memcpy(to, terms.front().row, row);
+        }
+      });
 }
 
 namespace {
@@ -217,8 +220,8 @@ void take_waiting(ExpertShardState& state) {
       if (!work.taken.empty())
         return;
       const auto error =
-        make_error(Errc::malformed, fmt::format("dispatch: {} rows, at most {} expected", num_rows,
-                                                work.max_rows));
+          make_error(Errc::malformed, fmt::format("dispatch: {} rows, at most {} expected",
+                                                  num_rows, work.max_rows));
       state.context->postman->tell(state.context->self, Route::supervisor,
                                    PeerLost{state.waiting.front().header.source, error});
       state.waiting.pop_front();
@@ -243,34 +246,34 @@ void start_job(ExpertShard::stateful_pointer<ExpertShardState> self) {
   auto* trace = state.context->trace;
   const auto layer = static_cast<int64_t>(state.work->taken.front().envelope.header.layer);
   state.context->stream->start(
-    "experts", [work = state.work](Workers& workers) { work->run(workers); },
-    [handle = caf::actor_cast<ExpertShard>(self), trace, layer](const JobTiming& timing) {
-      if (trace)
-        trace->add({"experts", "compute", timing.started, timing.finished, layer});
-      caf::anon_send(handle, JobDone{});
-    });
+      "experts", [work = state.work](Workers& workers) { work->run(workers); },
+      [handle = caf::actor_cast<ExpertShard>(self), trace, layer](const JobTiming& timing) {
+        if (trace)
+          trace->add({"experts", "compute", timing.started, timing.finished, layer});
+        caf::anon_send(handle, JobDone{});
+      });
 }
 
 } // namespace
 
-ExpertShard::behavior_type
-expert_shard(ExpertShard::stateful_pointer<ExpertShardState> self, const RankContext* context,
-             std::shared_ptr<const ExpertBlocks> blocks) {
+ExpertShard::behavior_type expert_shard(ExpertShard::stateful_pointer<ExpertShardState> self,
+                                        const RankContext* context,
+                                        std::shared_ptr<const ExpertBlocks> blocks) {
   self->state.context = context;
   self->state.work = std::make_shared<ExpertShardState::Work>(*context, std::move(blocks));
   return {
-    [=](Envelope& dispatch) {
-      self->state.waiting.push_back(std::move(dispatch));
-      start_job(self);
-    },
-    [=](const JobDone&) {
-      auto& state = self->state;
-      state.job_running = false;
-      for (auto& t : state.work->taken)
-        reply(*state.context, t);
-      state.work->taken.clear();
-      start_job(self);
-    },
+      [=](Envelope& dispatch) {
+        self->state.waiting.push_back(std::move(dispatch));
+        start_job(self);
+      },
+      [=](const JobDone&) {
+        auto& state = self->state;
+        state.job_running = false;
+        for (auto& t : state.work->taken)
+          reply(*state.context, t);
+        state.work->taken.clear();
+        start_job(self);
+      },
   };
 }
 

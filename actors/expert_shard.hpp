@@ -36,8 +36,8 @@ struct ExpertShardState {
   bool job_running = false;
 };
 
-ExpertShard::behavior_type
-expert_shard(ExpertShard::stateful_pointer<ExpertShardState> self, const RankContext* context,
-             std::shared_ptr<const ExpertBlocks> blocks);
+ExpertShard::behavior_type expert_shard(ExpertShard::stateful_pointer<ExpertShardState> self,
+                                        const RankContext* context,
+                                        std::shared_ptr<const ExpertBlocks> blocks);
 
 } // namespace troupe

@@ -58,30 +58,31 @@ void ForwarderState::Work::merge(Workers& workers) {
     for (const auto& a_row : answer_rows(part.table.rows, part.table.entries)) {
       const auto& entry = part.table.entries[static_cast<size_t>(a_row.first_entry)];
       got[{part.table.rows[static_cast<size_t>(a_row.row)].row, entry.group, entry.place}] = {
-        data, a_row.complete};
+          data, a_row.complete};
       data += stride;
     }
   }
   const auto answers = answer_rows(table.rows, table.entries);
-  workers.parallel_for(static_cast<int64_t>(answers.size()), 16, [&](int64_t begin, int64_t end, int) {
-    std::vector<CombineTerm> terms;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto& wanted = answers[static_cast<size_t>(i)];
-      std::byte* to = answer->data() + static_cast<size_t>(i) * stride;
-      terms.clear();
-      bool summed = false;
-      for (int32_t j = 0; j < wanted.num_entries && !summed; ++j) {
-        const auto& e = table.entries[static_cast<size_t>(wanted.first_entry + j)];
-        const auto& found = got.at({wanted.row, e.group, e.place});
-        terms.push_back({found.row, e.weight, e.group, false});
-        summed = found.complete; // one rank held the whole group and has summed it
-      }
-      if (wanted.complete && !summed)
-        sum_group(terms, a, hidden, to);
-      else
-        std::memcpy(to, terms.front().row, row_size);
-    }
-  });
+  workers.parallel_for(
+      static_cast<int64_t>(answers.size()), 16, [&](int64_t begin, int64_t end, int) {
+        std::vector<CombineTerm> terms;
+        for (int64_t i = begin; i < end; ++i) {
+          const auto& wanted = answers[static_cast<size_t>(i)];
+          std::byte* to = answer->data() + static_cast<size_t>(i) * stride;
+          terms.clear();
+          bool summed = false;
+          for (int32_t j = 0; j < wanted.num_entries && !summed; ++j) {
+            const auto& e = table.entries[static_cast<size_t>(wanted.first_entry + j)];
+            const auto& found = got.at({wanted.row, e.group, e.place});
+            terms.push_back({found.row, e.weight, e.group, false});
+            summed = found.complete; // one rank held the whole group and has summed it
+          }
+          if (wanted.complete && !summed)
+            sum_group(terms, a, hidden, to);
+          else
+            std::memcpy(to, terms.front().row, row_size);
+        }
+      });
 }
 
 namespace {
@@ -134,9 +135,9 @@ void take_forward(Self self, Envelope envelope) {
   const auto& layers = context.view->placement_of_layer;
   if (!envelope.payload || layer >= layers.size() || layers[layer] < 0)
     return refuse(context, source, make_error(Errc::malformed, "forward: no such layer"));
-  auto view = read_dispatch(envelope.payload->bytes(),
-                            context.view->layer(static_cast<int64_t>(layer)), RankId{},
-                            dispatch_format(context), context.config.hidden_size);
+  auto view =
+      read_dispatch(envelope.payload->bytes(), context.view->layer(static_cast<int64_t>(layer)),
+                    RankId{}, dispatch_format(context), context.config.hidden_size);
   if (!view)
     return refuse(context, source, view.error());
   auto work = std::make_shared<ForwarderState::Work>();
@@ -163,7 +164,7 @@ void take_answer(Self self, Envelope envelope) {
   const DType a = context.arithmetic.activations;
   const auto stride = answer_row_bytes(a, context.config.hidden_size);
   const auto expected =
-    answer_rows(part->second.table.rows, part->second.table.entries).size() * stride;
+      answer_rows(part->second.table.rows, part->second.table.entries).size() * stride;
   if (!envelope.payload || envelope.payload->size() != expected)
     return refuse(context, envelope.header.source,
                   make_error(Errc::malformed, "combine: not as many rows as were sent"));
@@ -171,15 +172,15 @@ void take_answer(Self self, Envelope envelope) {
   if (--work.missing > 0)
     return;
   auto answer = context.fabric->pool().acquire(
-    answer_rows(work.table.rows, work.table.entries).size() * stride);
+      answer_rows(work.table.rows, work.table.entries).size() * stride);
   if (!answer)
     return refuse(context, context.self, answer.error());
   work.answer = std::move(*answer);
   context.stream->start(
-    "forward", [w = open->second](Workers& workers) { w->merge(workers); },
-    [handle = caf::actor_cast<Forwarder>(self), id](const JobTiming&) {
-      caf::anon_send(handle, JobDone{id});
-    });
+      "forward", [w = open->second](Workers& workers) { w->merge(workers); },
+      [handle = caf::actor_cast<Forwarder>(self), id](const JobTiming&) {
+        caf::anon_send(handle, JobDone{id});
+      });
 }
 
 } // namespace
@@ -187,28 +188,28 @@ void take_answer(Self self, Envelope envelope) {
 Forwarder::behavior_type forwarder(Self self, const RankContext* context) {
   self->state.context = context;
   return {
-    [=](Envelope& envelope) {
-      if (envelope.header.kind == WireKind::forward)
-        take_forward(self, std::move(envelope));
-      else if (envelope.header.kind == WireKind::combine)
-        take_answer(self, std::move(envelope));
-    },
-    [=](const JobDone& done) {
-      const auto open = self->state.open.find(done.ticket);
-      if (open == self->state.open.end())
-        return;
-      const auto work = std::move(open->second);
-      self->state.open.erase(open);
-      WireHeader header;
-      header.kind = WireKind::combine;
-      header.step = work->envelope.header.step;
-      header.layer = work->envelope.header.layer;
-      header.attempt = work->envelope.header.attempt;
-      header.aux = work->envelope.header.aux;
-      self->state.context->postman->post(work->envelope.header.source,
-                                         static_cast<Route>(work->envelope.header.flags), header,
-                                         std::move(work->answer));
-    },
+      [=](Envelope& envelope) {
+        if (envelope.header.kind == WireKind::forward)
+          take_forward(self, std::move(envelope));
+        else if (envelope.header.kind == WireKind::combine)
+          take_answer(self, std::move(envelope));
+      },
+      [=](const JobDone& done) {
+        const auto open = self->state.open.find(done.ticket);
+        if (open == self->state.open.end())
+          return;
+        const auto work = std::move(open->second);
+        self->state.open.erase(open);
+        WireHeader header;
+        header.kind = WireKind::combine;
+        header.step = work->envelope.header.step;
+        header.layer = work->envelope.header.layer;
+        header.attempt = work->envelope.header.attempt;
+        header.aux = work->envelope.header.aux;
+        self->state.context->postman->post(work->envelope.header.source,
+                                           static_cast<Route>(work->envelope.header.flags), header,
+                                           std::move(work->answer));
+      },
   };
 }
 

@@ -2,8 +2,8 @@
 //
 // It deals a forwarded dispatch out to the expert ranks of its node, and when their rows are back
 // answers with one row for each complete gate group and single rows otherwise, in the order of
-// `answer_rows`. The group sums are the same as anywhere else (contract, Combine), so direct and two-hop
-// dispatch agree to the bit.
+// `answer_rows`. The group sums are the same as anywhere else (contract, Combine), so direct and
+// two-hop dispatch agree to the bit.
 #pragma once
 
 #include "actors/messages.hpp"

@@ -69,40 +69,40 @@ Gateway::behavior_type gateway(Self self, const RankContext* context, ClusterInf
   state.load.resize(static_cast<size_t>(context->view->num_attention_groups), 0);
   self->set_down_handler([=](const caf::down_msg& down) { client_gone(self, down.source); });
   return {
-    [=](SubmitRequest& request) { return submit(self, request); },
-    [=](TokensReady& news) { pass_on(self, news); },
-    [=](RowsReady& news) { pass_on(self, news); },
-    [=](RequestDone& news) {
-      const RequestId id = news.id;
-      pass_on(self, news);
-      close(self->state, id);
-    },
-    [=](const RowsTaken& taken) { pass_back(self, taken); },
-    [=](const CancelRequest& request) { pass_back(self, request); },
-    [=](const GetClusterStats&) -> caf::result<ClusterStats> {
-      auto& s = self->state;
-      const uint64_t query = s.next_query++;
-      auto promise = self->make_response_promise<ClusterStats>();
-      s.queries.emplace(query, GatewayState::Query{promise, {}});
-      for (const auto& m : s.context->view->members)
-        s.context->postman->tell(m.rank, Route::supervisor, StatsQuery{query, s.context->self});
-      return promise;
-    },
-    [=](const RankStats& stats) {
-      auto& s = self->state;
-      const auto query = s.queries.find(stats.query);
-      if (query == s.queries.end())
-        return;
-      auto& ranks = query->second.stats.ranks;
-      ranks.push_back(stats);
-      if (ranks.size() < s.context->view->members.size())
-        return;
-      std::sort(ranks.begin(), ranks.end(),
-                [](const auto& a, const auto& b) { return a.rank < b.rank; });
-      query->second.promise.deliver(std::move(query->second.stats));
-      s.queries.erase(query);
-    },
-    [=](const GetClusterInfo&) { return self->state.info; },
+      [=](SubmitRequest& request) { return submit(self, request); },
+      [=](TokensReady& news) { pass_on(self, news); },
+      [=](RowsReady& news) { pass_on(self, news); },
+      [=](RequestDone& news) {
+        const RequestId id = news.id;
+        pass_on(self, news);
+        close(self->state, id);
+      },
+      [=](const RowsTaken& taken) { pass_back(self, taken); },
+      [=](const CancelRequest& request) { pass_back(self, request); },
+      [=](const GetClusterStats&) -> caf::result<ClusterStats> {
+        auto& s = self->state;
+        const uint64_t query = s.next_query++;
+        auto promise = self->make_response_promise<ClusterStats>();
+        s.queries.emplace(query, GatewayState::Query{promise, {}});
+        for (const auto& m : s.context->view->members)
+          s.context->postman->tell(m.rank, Route::supervisor, StatsQuery{query, s.context->self});
+        return promise;
+      },
+      [=](const RankStats& stats) {
+        auto& s = self->state;
+        const auto query = s.queries.find(stats.query);
+        if (query == s.queries.end())
+          return;
+        auto& ranks = query->second.stats.ranks;
+        ranks.push_back(stats);
+        if (ranks.size() < s.context->view->members.size())
+          return;
+        std::sort(ranks.begin(), ranks.end(),
+                  [](const auto& a, const auto& b) { return a.rank < b.rank; });
+        query->second.promise.deliver(std::move(query->second.stats));
+        s.queries.erase(query);
+      },
+      [=](const GetClusterInfo&) { return self->state.info; },
   };
 }
 

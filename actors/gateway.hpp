@@ -15,11 +15,12 @@
 
 namespace troupe {
 
-using Gateway = caf::typed_actor<
-  caf::replies_to<SubmitRequest>::with<RequestId>, caf::reacts_to<TokensReady>,
-  caf::reacts_to<RowsReady>, caf::reacts_to<RequestDone>, caf::reacts_to<RowsTaken>,
-  caf::reacts_to<CancelRequest>, caf::replies_to<GetClusterStats>::with<ClusterStats>,
-  caf::reacts_to<RankStats>, caf::replies_to<GetClusterInfo>::with<ClusterInfo>>;
+using Gateway =
+    caf::typed_actor<caf::replies_to<SubmitRequest>::with<RequestId>, caf::reacts_to<TokensReady>,
+                     caf::reacts_to<RowsReady>, caf::reacts_to<RequestDone>,
+                     caf::reacts_to<RowsTaken>, caf::reacts_to<CancelRequest>,
+                     caf::replies_to<GetClusterStats>::with<ClusterStats>,
+                     caf::reacts_to<RankStats>, caf::replies_to<GetClusterInfo>::with<ClusterInfo>>;
 
 struct GatewayState {
   static inline const char* name = "gateway";

@@ -46,8 +46,8 @@ InProcessCluster::start(const ClusterOptions& options) {
       return with_context("rank " + std::to_string(host->rank().context().self.value), error);
   auto& first = *cluster->hosts_[0];
   cluster->client_ = ClusterClient::local(
-    first.system(), first.open_local_control_port(first.rank().open_gateway()),
-    options.cluster_token);
+      first.system(), first.open_local_control_port(first.rank().open_gateway()),
+      options.cluster_token);
   return cluster;
 }
 

@@ -11,7 +11,7 @@
 namespace troupe {
 
 class InProcessCluster {
- public:
+public:
   [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
   start(const ClusterOptions& options);
   ~InProcessCluster();
@@ -19,7 +19,7 @@ class InProcessCluster {
   [[nodiscard]] RankHost& host(size_t rank) { return *hosts_.at(rank); }
   [[nodiscard]] size_t num_ranks() const { return hosts_.size(); }
 
- private:
+private:
   InProcessCluster() = default;
   struct Hub;
   std::unique_ptr<Hub> hub_;

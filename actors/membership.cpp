@@ -54,14 +54,14 @@ Forming advance(Forming group, const JoinRequest& request) {
     return group;
   const auto r = static_cast<size_t>(request.rank.value);
   if (!request.rank.valid() || r >= group.joined.size())
-    return fail(std::move(group),
-                fmt::format("rank {} wants to join a cluster of {} ranks", request.rank.value,
-                            group.joined.size()));
+    return fail(std::move(group), fmt::format("rank {} wants to join a cluster of {} ranks",
+                                              request.rank.value, group.joined.size()));
   if (group.joined[r]) {
     if (group.joined[r]->address == request.address)
       return group;
-    return fail(std::move(group), fmt::format("two processes want to be rank {}: one on {}, one on {}",
-                                              r, group.joined[r]->host, request.host));
+    return fail(std::move(group),
+                fmt::format("two processes want to be rank {}: one on {}, one on {}", r,
+                            group.joined[r]->host, request.host));
   }
   for (const auto& other : group.joined) {
     if (!other)
@@ -143,21 +143,21 @@ Membership::behavior_type membership(Self self, std::string cluster_token, View 
   if (timeout.count() > 0)
     self->delayed_send(self, timeout, GiveUp::value);
   return {
-    [=](const JoinRequest& request) -> caf::result<Welcome> {
-      auto& state = self->state;
-      if (request.cluster_token != state.cluster_token)
-        return make_error(Errc::mismatch, "the cluster token is wrong");
-      if (state.group.phase == FormingPhase::failed)
-        return make_error(Errc::mismatch, state.group.why);
-      if (state.group.phase != FormingPhase::forming)
-        return make_error(Errc::stale, "the cluster is complete");
-      auto promise = self->make_response_promise<Welcome>();
-      state.waiting.push_back(promise);
-      apply(self, advance(state.group, request));
-      return promise;
-    },
-    [=](const RankReady& event) { apply(self, advance(self->state.group, event)); },
-    [=](GiveUp) { apply(self, give_up(self->state.group)); },
+      [=](const JoinRequest& request) -> caf::result<Welcome> {
+        auto& state = self->state;
+        if (request.cluster_token != state.cluster_token)
+          return make_error(Errc::mismatch, "the cluster token is wrong");
+        if (state.group.phase == FormingPhase::failed)
+          return make_error(Errc::mismatch, state.group.why);
+        if (state.group.phase != FormingPhase::forming)
+          return make_error(Errc::stale, "the cluster is complete");
+        auto promise = self->make_response_promise<Welcome>();
+        state.waiting.push_back(promise);
+        apply(self, advance(state.group, request));
+        return promise;
+      },
+      [=](const RankReady& event) { apply(self, advance(self->state.group, event)); },
+      [=](GiveUp) { apply(self, give_up(self->state.group)); },
   };
 }
 

@@ -32,7 +32,7 @@ enum class FormingPhase : uint8_t {
 
 struct Forming {
   FormingPhase phase = FormingPhase::forming;
-  View view; // members' addresses are filled in as they join
+  View view;                                      // members' addresses are filled in as they join
   std::vector<std::optional<JoinRequest>> joined; // by rank
   std::vector<bool> ready;
   std::string why; // of `failed`
@@ -40,16 +40,16 @@ struct Forming {
 
 [[nodiscard]] Forming start_forming(View view);
 // The group after a rank asks to join. A rank that disagrees with rank 0 (or, before rank 0
-// joined, with the first one) about version, model, settings or arithmetic fails the group; the reason
-// names both sides. A rank that joins twice with the same incarnation changes nothing.
+// joined, with the first one) about version, model, settings or arithmetic fails the group; the
+// reason names both sides. A rank that joins twice with the same incarnation changes nothing.
 [[nodiscard]] Forming advance(Forming group, const JoinRequest& request);
 [[nodiscard]] Forming advance(Forming group, const RankReady& event);
 // Time is up: whoever is missing is named.
 [[nodiscard]] Forming give_up(Forming group);
 
 using Membership =
-  caf::typed_actor<caf::replies_to<JoinRequest>::with<Welcome>, caf::reacts_to<RankReady>,
-                   caf::reacts_to<caf::atom_constant<caf::atom("giveup")>>>;
+    caf::typed_actor<caf::replies_to<JoinRequest>::with<Welcome>, caf::reacts_to<RankReady>,
+                     caf::reacts_to<caf::atom_constant<caf::atom("giveup")>>>;
 
 struct MembershipState {
   static inline const char* name = "membership";

@@ -41,8 +41,8 @@ struct RequestSpec {
   std::vector<std::string> stop;
   int32_t speculate = 0;        // MTP depth, 0: off
   bool prompt_logprobs = false; // log-probability of prompt ids 1 … T-1
-  bool logits = false;          // raw logits: of every prompt row when scoring, else per answer token
-  bool hidden_states = false;   // hidden.0 … hidden.L of every prompt row
+  bool logits = false;        // raw logits: of every prompt row when scoring, else per answer token
+  bool hidden_states = false; // hidden.0 … hidden.L of every prompt row
 };
 
 // Command from a client at the control port. Answer: RequestId, or an error. News about the
@@ -370,33 +370,33 @@ typename Inspector::result_type inspect(Inspector& f, PeerLeft& x) {
 } // namespace troupe
 
 CAF_BEGIN_TYPE_ID_BLOCK(troupe, caf::first_custom_type_id)
-  CAF_ADD_TYPE_ID(troupe, (troupe::RequestId))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RequestSpec))
-  CAF_ADD_TYPE_ID(troupe, (troupe::SubmitRequest))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RunRequest))
-  CAF_ADD_TYPE_ID(troupe, (troupe::TokensReady))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RowsReady))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RowsTaken))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RequestDone))
-  CAF_ADD_TYPE_ID(troupe, (troupe::CancelRequest))
-  CAF_ADD_TYPE_ID(troupe, (troupe::StatsQuery))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RankStats))
-  CAF_ADD_TYPE_ID(troupe, (troupe::GetClusterStats))
-  CAF_ADD_TYPE_ID(troupe, (troupe::ClusterStats))
-  CAF_ADD_TYPE_ID(troupe, (troupe::GetClusterInfo))
-  CAF_ADD_TYPE_ID(troupe, (troupe::ClusterInfo))
-  CAF_ADD_TYPE_ID(troupe, (troupe::StopCluster))
-  CAF_ADD_TYPE_ID(troupe, (troupe::JoinRequest))
-  CAF_ADD_TYPE_ID(troupe, (troupe::Welcome))
-  CAF_ADD_TYPE_ID(troupe, (troupe::RankReady))
-  CAF_ADD_TYPE_ID(troupe, (troupe::StopRank))
-  CAF_ADD_TYPE_ID(troupe, (troupe::StepPlan))
-  CAF_ADD_TYPE_ID(troupe, (troupe::DraftPlan))
-  CAF_ADD_TYPE_ID(troupe, (troupe::DraftTokens))
-  CAF_ADD_TYPE_ID(troupe, (troupe::ForgetSequence))
-  CAF_ADD_TYPE_ID(troupe, (troupe::JobDone))
-  CAF_ADD_TYPE_ID(troupe, (troupe::PeerLost))
-  CAF_ADD_TYPE_ID(troupe, (troupe::PeerLeft))
+CAF_ADD_TYPE_ID(troupe, (troupe::RequestId))
+CAF_ADD_TYPE_ID(troupe, (troupe::RequestSpec))
+CAF_ADD_TYPE_ID(troupe, (troupe::SubmitRequest))
+CAF_ADD_TYPE_ID(troupe, (troupe::RunRequest))
+CAF_ADD_TYPE_ID(troupe, (troupe::TokensReady))
+CAF_ADD_TYPE_ID(troupe, (troupe::RowsReady))
+CAF_ADD_TYPE_ID(troupe, (troupe::RowsTaken))
+CAF_ADD_TYPE_ID(troupe, (troupe::RequestDone))
+CAF_ADD_TYPE_ID(troupe, (troupe::CancelRequest))
+CAF_ADD_TYPE_ID(troupe, (troupe::StatsQuery))
+CAF_ADD_TYPE_ID(troupe, (troupe::RankStats))
+CAF_ADD_TYPE_ID(troupe, (troupe::GetClusterStats))
+CAF_ADD_TYPE_ID(troupe, (troupe::ClusterStats))
+CAF_ADD_TYPE_ID(troupe, (troupe::GetClusterInfo))
+CAF_ADD_TYPE_ID(troupe, (troupe::ClusterInfo))
+CAF_ADD_TYPE_ID(troupe, (troupe::StopCluster))
+CAF_ADD_TYPE_ID(troupe, (troupe::JoinRequest))
+CAF_ADD_TYPE_ID(troupe, (troupe::Welcome))
+CAF_ADD_TYPE_ID(troupe, (troupe::RankReady))
+CAF_ADD_TYPE_ID(troupe, (troupe::StopRank))
+CAF_ADD_TYPE_ID(troupe, (troupe::StepPlan))
+CAF_ADD_TYPE_ID(troupe, (troupe::DraftPlan))
+CAF_ADD_TYPE_ID(troupe, (troupe::DraftTokens))
+CAF_ADD_TYPE_ID(troupe, (troupe::ForgetSequence))
+CAF_ADD_TYPE_ID(troupe, (troupe::JobDone))
+CAF_ADD_TYPE_ID(troupe, (troupe::PeerLost))
+CAF_ADD_TYPE_ID(troupe, (troupe::PeerLeft))
 CAF_END_TYPE_ID_BLOCK(troupe)
 
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(troupe::Envelope)

@@ -26,10 +26,10 @@ struct MtpState::Pass {
   TrunkParts parts;
   std::shared_ptr<Trunk> trunk;
   DraftWork work;
-  std::vector<DraftProgress> progress;       // per sequence, taken out of the actor's map
-  std::vector<std::vector<int32_t>> drafts;  // per sequence
-  int32_t module = 0;                        // 0-based
-  std::vector<Range> ranges, before;         // of this module and the one before
+  std::vector<DraftProgress> progress;      // per sequence, taken out of the actor's map
+  std::vector<std::vector<int32_t>> drafts; // per sequence
+  int32_t module = 0;                       // 0-based
+  std::vector<Range> ranges, before;        // of this module and the one before
   std::vector<std::byte> input, embedding, output, output_before; // [rows, hidden] in A
   std::vector<int32_t> tokens;
   std::vector<int32_t> sampled; // per sequence, -1 where none; filled by the job
@@ -71,7 +71,8 @@ const std::byte* MtpState::Pass::state_before(size_t s, int64_t position) const 
            static_cast<size_t>(q.first_row + position - q.first_position) * row_size();
   const auto& range = before[s];
   if (position >= range.begin)
-    return output_before.data() + static_cast<size_t>(range.row + position - range.begin) * row_size();
+    return output_before.data() +
+           static_cast<size_t>(range.row + position - range.begin) * row_size();
   return progress[s].state[static_cast<size_t>(module)].data();
 }
 
@@ -85,7 +86,8 @@ void MtpState::Pass::plan_module() {
     const auto& q = work.plan.sequences[s];
     const auto known_now = known(s) + static_cast<int64_t>(drafts[s].size());
     Range range;
-    range.begin = module == 0 ? q.first_position : progress[s].next_row[static_cast<size_t>(module)];
+    range.begin =
+        module == 0 ? q.first_position : progress[s].next_row[static_cast<size_t>(module)];
     range.end = std::max(range.begin, std::min(end_row(s), known_now - (module + 1)));
     range.row = row;
     for (int64_t p = range.begin; p < range.end; ++p)
@@ -103,7 +105,8 @@ void MtpState::Pass::prologue(Workers& workers) {
   embedding.resize(tokens.size() * row_size());
   for (size_t s = 0; s < ranges.size(); ++s)
     for (int64_t p = ranges[s].begin; p < ranges[s].end; ++p)
-      std::memcpy(input.data() + static_cast<size_t>(ranges[s].row + p - ranges[s].begin) * row_size(),
+      std::memcpy(input.data() +
+                      static_cast<size_t>(ranges[s].row + p - ranges[s].begin) * row_size(),
                   state_before(s, p), row_size());
   trunk->mtp_embed(weights_module(), tokens, {embedding.data(), a, hidden});
   trunk->mtp_input(weights_module(), n, {embedding.data(), a, hidden}, {input.data(), a, hidden}, x,
@@ -115,8 +118,8 @@ void MtpState::Pass::epilogue(Workers& workers) {
   const DType a = context->arithmetic.activations;
   const int64_t hidden = context->config.hidden_size;
   output.resize(tokens.size() * row_size());
-  trunk->mtp_head_norm(weights_module(), n, {x.data, x.dtype, x.stride},
-                       {output.data(), a, hidden}, workers);
+  trunk->mtp_head_norm(weights_module(), n, {x.data, x.dtype, x.stride}, {output.data(), a, hidden},
+                       workers);
   sampled.assign(work.plan.sequences.size(), -1);
   if (!work.sampling.empty())
     sample_drafts(workers);
@@ -141,19 +144,21 @@ void MtpState::Pass::sample_drafts(Workers& workers) {
   std::vector<float> logits(wanted.size() * vocab);
   trunk->mtp_logits(weights_module(), static_cast<int64_t>(wanted.size()), {rows.data(), a, hidden},
                     logits.data(), workers);
-  workers.parallel_for(static_cast<int64_t>(wanted.size()), 1, [&](int64_t begin, int64_t end, int) {
-    std::vector<float> scratch;
-    for (int64_t i = begin; i < end; ++i) {
-      const size_t s = wanted[static_cast<size_t>(i)];
-      auto counts = work.sampling[s].counts;
-      for (const int32_t draft : drafts[s])
-        ++counts.answer[draft];
-      const auto position = static_cast<uint32_t>(known(s) + static_cast<int64_t>(drafts[s].size()));
-      sampled[s] = sample({logits.data() + static_cast<size_t>(i) * vocab, vocab},
-                          work.sampling[s].params, counts, position, parts.num_ids, scratch)
-                     .token;
-    }
-  });
+  workers.parallel_for(
+      static_cast<int64_t>(wanted.size()), 1, [&](int64_t begin, int64_t end, int) {
+        std::vector<float> scratch;
+        for (int64_t i = begin; i < end; ++i) {
+          const size_t s = wanted[static_cast<size_t>(i)];
+          auto counts = work.sampling[s].counts;
+          for (const int32_t draft : drafts[s])
+            ++counts.answer[draft];
+          const auto position =
+              static_cast<uint32_t>(known(s) + static_cast<int64_t>(drafts[s].size()));
+          sampled[s] = sample({logits.data() + static_cast<size_t>(i) * vocab, vocab},
+                              work.sampling[s].params, counts, position, parts.num_ids, scratch)
+                           .token;
+        }
+      });
 }
 
 // Remembers which rows of this module are final, and the state the next one will need.
@@ -164,10 +169,9 @@ void MtpState::Pass::keep_progress() {
     p.next_row[m] = std::max<int64_t>(0, std::min(end_row(s), known(s) - (module + 1)));
     if (m + 1 >= p.next_row.size())
       continue;
-    // The module after this one will start at min(end, known - (module + 2)); where that row lies below
-    // our own final ones, its input is final and must outlive this pass.
-    const int64_t later =
-      std::max<int64_t>(0, std::min(end_row(s), known(s) - (module + 2)));
+    // The module after this one will start at min(end, known - (module + 2)); where that row lies
+    // below our own final ones, its input is final and must outlive this pass.
+    const int64_t later = std::max<int64_t>(0, std::min(end_row(s), known(s) - (module + 2)));
     if (later < p.next_row[m] && later >= ranges[s].begin && later < ranges[s].end) {
       const auto row = static_cast<size_t>(ranges[s].row + later - ranges[s].begin);
       const auto* from = output.data() + row * row_size();
@@ -267,7 +271,7 @@ void run_module(Self self) {
     const auto& range = pass->ranges[s];
     const int64_t n = range.end - range.begin;
     const int64_t in_prompt =
-      std::clamp<int64_t>(pass->work.plan.sequences[s].prompt_length - range.begin, 0, n);
+        std::clamp<int64_t>(pass->work.plan.sequences[s].prompt_length - range.begin, 0, n);
     const auto first = static_cast<int32_t>(range.begin);
     if (in_prompt > 0)
       walk.rows.prompt.push_back({range.row, in_prompt, first, walk.pages[s].data()});
@@ -278,13 +282,13 @@ void run_module(Self self) {
       walk.rows.positions.push_back(static_cast<int32_t>(p));
   }
   const auto module = pass->weights_module();
-  walk.blocks.push_back(
-    {&state.parts.weights->mtp[static_cast<size_t>(module)].block,
-     static_cast<int32_t>(state.context->config.num_hidden_layers + module),
-     state.parts.mtp_cache->layer(pass->module)});
+  walk.blocks.push_back({&state.parts.weights->mtp[static_cast<size_t>(module)].block,
+                         static_cast<int32_t>(state.context->config.num_hidden_layers + module),
+                         state.parts.mtp_cache->layer(pass->module)});
   walk.prologue = [pass](Workers& workers) { pass->prologue(workers); };
   walk.epilogue = [pass](Workers& workers) { pass->epilogue(workers); };
-  state.runner->start(std::move(walk), [self](const caf::error& error) { module_done(self, error); });
+  state.runner->start(std::move(walk),
+                      [self](const caf::error& error) { module_done(self, error); });
 }
 
 void start_pass(Self self, DraftWork work) {
@@ -338,30 +342,30 @@ Mtp::behavior_type mtp(Self self, const RankContext* context, TrunkParts parts,
   state.trunk = std::move(trunk);
   state.runner = std::make_unique<BlockRunner>(*context, state.trunk, Route::mtp, self->address());
   return {
-    [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
-    [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
-    [=](DraftWork& work) {
-      self->state.works.push_back(std::move(work));
-      start_next(self);
-    },
-    [=](DraftPlan& plan) {
-      self->state.plans.push_back(std::move(plan));
-      start_next(self);
-    },
-    [=](DraftTokens& drafts) {
-      auto& s = self->state;
-      const bool waiting = s.pass && !s.runner->busy() && s.pass->work.step == drafts.step &&
-                           s.pass->module == drafts.module;
-      if (waiting)
-        return next_module(self, drafts.tokens);
-      s.leader_drafts[{drafts.step, drafts.module}] = std::move(drafts.tokens);
-    },
-    [=](const ForgetSequence& f) {
-      auto& s = self->state;
-      s.to_forget.push_back(f);
-      if (!s.pass)
-        forget(s);
-    },
+      [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
+      [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
+      [=](DraftWork& work) {
+        self->state.works.push_back(std::move(work));
+        start_next(self);
+      },
+      [=](DraftPlan& plan) {
+        self->state.plans.push_back(std::move(plan));
+        start_next(self);
+      },
+      [=](DraftTokens& drafts) {
+        auto& s = self->state;
+        const bool waiting = s.pass && !s.runner->busy() && s.pass->work.step == drafts.step &&
+                             s.pass->module == drafts.module;
+        if (waiting)
+          return next_module(self, drafts.tokens);
+        s.leader_drafts[{drafts.step, drafts.module}] = std::move(drafts.tokens);
+      },
+      [=](const ForgetSequence& f) {
+        auto& s = self->state;
+        s.to_forget.push_back(f);
+        if (!s.pass)
+          forget(s);
+      },
   };
 }
 

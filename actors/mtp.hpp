@@ -1,14 +1,14 @@
 // Multi-token prediction: drafts the tokens that the next step checks (specification §4.1, §4.3).
 //
-// Module k's row i takes the state of module k-1 at position i (k = 1: the trunk's, after the final norm)
-// and the embedding of token i+k, and predicts token i+k+1. Every confirmed position passes through
-// every module once its token i+k is known; the last rows run early with drafted tokens, and run
-// again when these are confirmed, which overwrites what they left in the cache. So nothing of a
-// rejected draft remains. Where more tokens are drafted than the model has modules, the last module
-// is used again, with a cache of its own.
+// Module k's row i takes the state of module k-1 at position i (k = 1: the trunk's, after the final
+// norm) and the embedding of token i+k, and predicts token i+k+1. Every confirmed position passes
+// through every module once its token i+k is known; the last rows run early with drafted tokens,
+// and run again when these are confirmed, which overwrites what they left in the cache. So nothing
+// of a rejected draft remains. Where more tokens are drafted than the model has modules, the last
+// module is used again, with a cache of its own.
 //
-// Drafts are sampled with the noise of the token they guess, so that a draft is accepted exactly when
-// it equals the token the trunk samples (contract, Sampling); they never change a token.
+// Drafts are sampled with the noise of the token they guess, so that a draft is accepted exactly
+// when it equals the token the trunk samples (contract, Sampling); they never change a token.
 #pragma once
 
 #include "actors/attention.hpp"
@@ -47,10 +47,10 @@ struct MtpState {
   struct Pass;
   std::shared_ptr<Pass> pass; // the work under way
   std::map<RequestId, DraftProgress> progress;
-  uint64_t last_step = 0;               // drafted for
+  uint64_t last_step = 0; // drafted for
   std::vector<ForgetSequence> to_forget;
-  std::deque<DraftWork> works;          // a sibling's: hidden states waiting for their plan
-  std::deque<DraftPlan> plans;          // and plans waiting for their hidden states
+  std::deque<DraftWork> works; // a sibling's: hidden states waiting for their plan
+  std::deque<DraftPlan> plans; // and plans waiting for their hidden states
   std::map<std::pair<uint64_t, int32_t>, std::vector<int32_t>> leader_drafts; // (step, module)
 };
 

@@ -12,9 +12,7 @@ namespace troupe {
 
 namespace {
 
-caf::error invalid(std::string text) {
-  return make_error(Errc::invalid_argument, std::move(text));
-}
+caf::error invalid(std::string text) { return make_error(Errc::invalid_argument, std::move(text)); }
 
 std::optional<int32_t> parse_count(std::string_view text) {
   int32_t value = 0;
@@ -64,8 +62,8 @@ caf::error check_shape(const ModelConfig& config, const ClusterShape& shape) {
   if (shape.num_ranks < 1)
     return invalid(fmt::format("ranks: {} given, at least 1 expected", shape.num_ranks));
   if (shape.tp < 1 || attention_ranks % shape.tp != 0)
-    return invalid(fmt::format("tp: {} does not divide the {} attention ranks", shape.tp,
-                               attention_ranks));
+    return invalid(
+        fmt::format("tp: {} does not divide the {} attention ranks", shape.tp, attention_ranks));
   int64_t segments = 8;
   while (config.num_attention_heads % segments != 0)
     segments /= 2;
@@ -75,12 +73,13 @@ caf::error check_shape(const ModelConfig& config, const ClusterShape& shape) {
                                shape.tp, config.num_attention_heads, segments));
   if (shape.nodes < 1 || shape.num_ranks % shape.nodes != 0)
     return invalid(
-      fmt::format("nodes: {} does not divide the {} ranks", shape.nodes, shape.num_ranks));
+        fmt::format("nodes: {} does not divide the {} ranks", shape.nodes, shape.num_ranks));
   if (config.has_moe() && expert_ranks < 1)
     return invalid("layout: no rank hosts experts");
   if (config.has_moe() && expert_ranks > config.n_routed_experts)
-    return invalid(fmt::format("ranks: {} expert ranks, but the model has only {} experts per layer",
-                               expert_ranks, config.n_routed_experts));
+    return invalid(
+        fmt::format("ranks: {} expert ranks, but the model has only {} experts per layer",
+                    expert_ranks, config.n_routed_experts));
   return {};
 }
 
@@ -99,18 +98,17 @@ caf::expected<ClusterShape> parse_shape(const std::string& layout, int32_t num_r
   const auto plus = layout.find('+');
   const auto a = plus == std::string::npos ? std::nullopt
                                            : parse_count(std::string_view{layout}.substr(0, plus));
-  const auto e = plus == std::string::npos
-                   ? std::nullopt
-                   : parse_count(std::string_view{layout}.substr(plus + 1));
+  const auto e = plus == std::string::npos ? std::nullopt
+                                           : parse_count(std::string_view{layout}.substr(plus + 1));
   if (!a || !e)
     return invalid(fmt::format(
-      "layout: \"{}\" given, expected \"joint\" or \"A+E\" (attention + expert ranks, as 2+4)",
-      layout));
+        "layout: \"{}\" given, expected \"joint\" or \"A+E\" (attention + expert ranks, as 2+4)",
+        layout));
   shape.joint = false;
   shape.attention_ranks = *a;
   if (num_ranks != 0 && num_ranks != *a + *e)
-    return invalid(fmt::format("layout: \"{}\" has {} ranks, but ranks is {}", layout, *a + *e,
-                               num_ranks));
+    return invalid(
+        fmt::format("layout: \"{}\" has {} ranks, but ranks is {}", layout, *a + *e, num_ranks));
   shape.num_ranks = *a + *e;
   return shape;
 }

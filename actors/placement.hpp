@@ -15,9 +15,9 @@ struct ClusterShape {
   bool joint = true;
   int32_t attention_ranks = 0; // ignored when joint
   int32_t tp = 1;
-  int32_t nodes = 1;           // ranks are cut into nodes of equal size, in order
+  int32_t nodes = 1; // ranks are cut into nodes of equal size, in order
   bool two_hop = false;
-  uint64_t placement_seed = 0; // 0: contiguous by gate group; else a random placement
+  uint64_t placement_seed = 0;   // 0: contiguous by gate group; else a random placement
   int32_t redundant_experts = 0; // further slots per layer, replicas of experts in order
 };
 

@@ -79,8 +79,8 @@ void Postman::take_control(Envelope envelope) {
   if (number < inbox.next || inbox.early.size() >= kMaxEarly)
     return;
   inbox.early.emplace(number, std::move(envelope));
-  for (auto first = inbox.early.begin();
-       first != inbox.early.end() && first->first == inbox.next; first = inbox.early.begin()) {
+  for (auto first = inbox.early.begin(); first != inbox.early.end() && first->first == inbox.next;
+       first = inbox.early.begin()) {
     deliver_control(first->second);
     inbox.early.erase(first);
     ++inbox.next;

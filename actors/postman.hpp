@@ -34,7 +34,7 @@ enum class Route : uint16_t {
 inline constexpr size_t kNumRoutes = 7;
 
 class Postman final : public FabricSink {
- public:
+public:
   Postman(caf::actor_system& system, RankId self) : system_(system), self_(self) {}
   void set_route(Route route, caf::actor actor);
   // Drops the handles at the end, so that the actors can go.
@@ -58,7 +58,7 @@ class Postman final : public FabricSink {
   void on_peer_left(RankId peer) override;
   void on_refused(const caf::error& why) override;
 
- private:
+private:
   void send_control(RankId to, Route route, caf::message message);
   void take_control(Envelope envelope);
   void deliver_control(const Envelope& envelope);

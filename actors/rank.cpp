@@ -51,10 +51,10 @@ RankLimits resolve(RankLimits limits, const ModelConfig& config, int64_t num_mtp
 // What must be equal on all ranks beside model and arithmetic.
 uint64_t settings_digest(const ClusterOptions& o, const RankLimits& l) {
   const auto text =
-    fmt::format("{} {} {} {} {} {} {} {} {} {} {} {} {}", o.shape.num_ranks, o.shape.joint,
-                o.shape.attention_ranks, o.shape.tp, o.shape.nodes, o.shape.two_hop,
-                o.shape.placement_seed, o.shape.redundant_experts, l.batch, l.prefill_chunk,
-                l.kv_tokens, l.max_context, l.max_speculate);
+      fmt::format("{} {} {} {} {} {} {} {} {} {} {} {} {}", o.shape.num_ranks, o.shape.joint,
+                  o.shape.attention_ranks, o.shape.tp, o.shape.nodes, o.shape.two_hop,
+                  o.shape.placement_seed, o.shape.redundant_experts, l.batch, l.prefill_chunk,
+                  l.kv_tokens, l.max_context, l.max_speculate);
   return XXH3_64bits(text.data(), text.size());
 }
 
@@ -77,9 +77,9 @@ caf::expected<Arithmetic> choose_arithmetic(const Checkpoint& checkpoint,
   if (!options.fp8)
     return arithmetic;
   if (*options.fp8 != "weights" && *options.fp8 != "activations")
-    return make_error(Errc::invalid_argument,
-                      fmt::format("fp8: \"{}\" given, expected \"weights\" or \"activations\"",
-                                  *options.fp8));
+    return make_error(
+        Errc::invalid_argument,
+        fmt::format("fp8: \"{}\" given, expected \"weights\" or \"activations\"", *options.fp8));
   arithmetic.fp8_weights = true;
   arithmetic.fp8_activations = *options.fp8 == "activations";
   if (arithmetic.fp8_activations && arithmetic.activations != DType::bf16)
@@ -190,7 +190,7 @@ JoinRequest Rank::join_request() const {
 
 void Rank::supervise(std::function<void(const caf::error&)> on_end) {
   auto handle = impl_->environment.system->spawn(
-    rank_supervisor, &impl_->context, [this] { return stats(); }, std::move(on_end));
+      rank_supervisor, &impl_->context, [this] { return stats(); }, std::move(on_end));
   impl_->supervisor = caf::actor_cast<caf::actor>(handle);
   impl_->postman.set_route(Route::supervisor, impl_->supervisor);
 }
@@ -214,7 +214,7 @@ caf::error Rank::Impl::start_experts(const LoadProgress& progress) {
         slots.emplace_back(layer.layer, slot.slot.value);
       }
   auto blocks =
-    load_experts(*checkpoint, context.arithmetic, keys, context.stream->num_threads(), progress);
+      load_experts(*checkpoint, context.arithmetic, keys, context.stream->num_threads(), progress);
   if (!blocks)
     return blocks.error();
   auto held = std::make_shared<ExpertBlocks>();

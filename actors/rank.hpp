@@ -28,12 +28,12 @@ inline constexpr const char* kVersion = "0.1.0";
 struct ClusterOptions {
   std::string model;
   ClusterShape shape;
-  std::optional<DType> compute;         // default: see default_arithmetic
-  std::optional<std::string> fp8;       // "weights" or "activations"
+  std::optional<DType> compute;   // default: see default_arithmetic
+  std::optional<std::string> fp8; // "weights" or "activations"
   std::string backend = "simd";
-  RankLimits limits;                    // zeros take defaults
-  int num_threads = 0;                  // per rank; 0: cores / local ranks
-  int local_ranks = 1;                  // ranks on this host
+  RankLimits limits;   // zeros take defaults
+  int num_threads = 0; // per rank; 0: cores / local ranks
+  int local_ranks = 1; // ranks on this host
   std::string cluster_token;
   bool trace = false;
 };
@@ -44,7 +44,7 @@ struct ClusterOptions {
 
 // CAF, set up as the runtime needs it: message types, policy `sharing`, few threads.
 class RankSystemConfig : public caf::actor_system_config {
- public:
+public:
   // `testing`: CAF's single-threaded test scheduler; otherwise with the I/O middleman.
   explicit RankSystemConfig(bool testing = false);
 };
@@ -57,7 +57,7 @@ struct RankEnvironment {
 };
 
 class Rank {
- public:
+public:
   // Checks options against the model; loads nothing yet. `checkpoint` may be shared by ranks.
   [[nodiscard]] static caf::expected<std::unique_ptr<Rank>>
   make(RankId self, const ClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
@@ -84,7 +84,7 @@ class Rank {
   [[nodiscard]] Trace& trace();
   [[nodiscard]] const RankContext& context() const;
 
- private:
+private:
   struct Impl;
   explicit Rank(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

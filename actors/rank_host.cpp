@@ -34,9 +34,9 @@ RankHost::make(RankId self, const ClusterOptions& options,
   host->system_ = std::make_unique<caf::actor_system>(host->config_);
   host->fabric_ = std::move(fabric);
   host->stream_ = make_cpu_stream(compute_threads(options));
-  auto rank = Rank::make(
-    self, options, std::move(checkpoint),
-    {host->system_.get(), host->fabric_.get(), host->stream_.get(), &host->clock_});
+  auto rank =
+      Rank::make(self, options, std::move(checkpoint),
+                 {host->system_.get(), host->fabric_.get(), host->stream_.get(), &host->clock_});
   if (!rank)
     return rank.error();
   host->rank_ = std::move(*rank);
@@ -70,16 +70,16 @@ caf::actor RankHost::open_control_port(std::chrono::milliseconds join_timeout) {
     changed_.notify_all();
   };
   membership_ = caf::actor_cast<caf::actor>(
-    system_->spawn(membership, token_, rank_->planned_view(), join_timeout, on_decided));
+      system_->spawn(membership, token_, rank_->planned_view(), join_timeout, on_decided));
   rank_->postman().set_route(Route::membership, membership_);
-  control_port_ = system_->spawn(control_port, token_, membership_,
-                                 rank_->postman().route(Route::supervisor));
+  control_port_ =
+      system_->spawn(control_port, token_, membership_, rank_->postman().route(Route::supervisor));
   return control_port_;
 }
 
 caf::actor RankHost::open_local_control_port(const caf::actor& gateway) {
-  control_port_ = system_->spawn(control_port, token_, caf::actor{},
-                                 rank_->postman().route(Route::supervisor));
+  control_port_ =
+      system_->spawn(control_port, token_, caf::actor{}, rank_->postman().route(Route::supervisor));
   caf::anon_send(control_port_, OpenControlPort{gateway, {}});
   return control_port_;
 }

@@ -14,7 +14,7 @@
 namespace troupe {
 
 class RankHost {
- public:
+public:
   // Makes a rank on `fabric`; nothing runs yet but the fabric, which starts when `start_fabric` is
   // called.
   [[nodiscard]] static caf::expected<std::unique_ptr<RankHost>>
@@ -42,7 +42,7 @@ class RankHost {
   void end(const caf::error& why);
   void shut_down(bool clean);
 
- private:
+private:
   RankHost() = default;
   SteadyClock clock_;
   RankSystemConfig config_;

@@ -28,10 +28,11 @@ struct AgentNews {
   std::condition_variable changed;
   std::optional<std::string> seed;
   bool stop = false;
-  RankHost* host = nullptr;
+  RankHost* host = nullptr; // set while it serves
 };
 
-// Listens until the agent is gone; then this process has no business any more.
+// Listens until the agent is gone; then this process has no business any more. Nor has it when it
+// is told to stop before it serves: nobody waits for it, and joining or loading may take minutes.
 void listen_to_agent(AgentChannel& agent, AgentNews& news) {
   while (const auto line = agent.hear()) {
     const std::lock_guard lock{news.mutex};
@@ -39,9 +40,10 @@ void listen_to_agent(AgentChannel& agent, AgentNews& news) {
       news.seed = line->substr(5);
     if (*line == "stop") {
       news.stop = true;
-      if (news.host)
-        news.host->rank().postman().tell(news.host->rank().context().self, Route::supervisor,
-                                         StopRank{});
+      if (!news.host)
+        _exit(0);
+      news.host->rank().postman().tell(news.host->rank().context().self, Route::supervisor,
+                                       StopRank{});
     }
     news.changed.notify_all();
   }
@@ -69,8 +71,8 @@ caf::expected<caf::actor> reach_seed(caf::actor_system& system, const std::strin
     if (handle)
       return std::move(*handle);
     if (std::chrono::steady_clock::now() >= deadline)
-      return make_error(Errc::unreachable, fmt::format("the seed {} can't be reached ({})", seed,
-                                                       text_of(handle.error())));
+      return make_error(Errc::unreachable,
+                        fmt::format("rank 0's control port {} can't be reached", seed));
     std::this_thread::sleep_for(std::chrono::milliseconds{100});
   }
 }
@@ -81,25 +83,28 @@ caf::expected<Welcome> join(RankHost& host, const caf::actor& port,
   caf::scoped_actor self{host.system()};
   // A little longer than the membership's own patience, whose reason is the better one.
   self->request(port, timeout + std::chrono::seconds{5}, host.rank().join_request())
-    .receive([&](Welcome& welcome) { answer = std::move(welcome); },
-             [&](caf::error& error) {
-               answer = make_error(Errc::mismatch, "joining the cluster: " + text_of(error));
-             });
+      .receive([&](Welcome& welcome) { answer = std::move(welcome); },
+               [&](caf::error& error) {
+                 const bool told = code_of(error) != Errc::internal;
+                 answer = told ? with_context("joining the cluster", error)
+                               : make_error(Errc::peer_lost, "rank 0 went away before the cluster "
+                                                             "had formed");
+               });
   return answer;
 }
 
 class RankProcess {
- public:
+public:
   RankProcess(RankId self, const RankProcessOptions& options, AgentChannel& agent)
       : self_(self), options_(options), agent_(agent) {}
 
   caf::error run();
 
- private:
+private:
   caf::error make_host();
   caf::expected<caf::actor> open_or_reach_port();
   caf::error serve();
-  void write_trace();
+  caf::error write_trace();
 
   RankId self_;
   const RankProcessOptions& options_;
@@ -117,7 +122,7 @@ caf::error RankProcess::make_host() {
   fabric_options.incarnation = 1;
   fabric_options.cluster_token = options_.cluster.cluster_token;
   fabric_options.pool =
-    BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options_.cluster.limits));
+      BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options_.cluster.limits));
   auto fabric = make_ucx_fabric(fabric_options);
   if (!fabric)
     return fabric.error();
@@ -140,9 +145,8 @@ caf::expected<caf::actor> RankProcess::open_or_reach_port() {
                                                     options_.control_host.c_str(), true);
   if (!number)
     return make_error(Errc::unreachable,
-                      fmt::format("the control port {}:{} can't be opened; is it in use? ({})",
-                                  options_.control_host, options_.control_port,
-                                  text_of(number.error())));
+                      fmt::format("the control port {}:{} can't be opened; is it in use?",
+                                  options_.control_host, options_.control_port));
   agent_.say(fmt::format("port {}", *number));
   return port;
 }
@@ -161,36 +165,43 @@ caf::error RankProcess::serve() {
   if (self_ == RankId{0})
     if (auto error = host_->await_cluster())
       return error;
+  {
+    const std::lock_guard lock{news_.mutex};
+    news_.host = host_.get();
+  }
   agent_.say("ready");
   return host_->await_end();
 }
 
-void RankProcess::write_trace() {
+caf::error RankProcess::write_trace() {
   if (options_.trace_file.empty())
-    return;
-  std::ofstream file{fmt::format("{}.{}.json", options_.trace_file, self_.value)};
+    return {};
+  const auto path = fmt::format("{}.{}.json", options_.trace_file, self_.value);
+  std::ofstream file{path};
   file << to_chrome_trace(self_, host_->rank().trace().spans());
+  file.close();
+  return file ? caf::error{} : make_error(Errc::io_error, path + ": can't be written");
 }
 
 caf::error RankProcess::run() {
   std::thread{[this] { listen_to_agent(agent_, news_); }}.detach();
   if (auto error = make_host())
     return error;
-  {
-    const std::lock_guard lock{news_.mutex};
-    news_.host = host_.get();
-    if (news_.stop)
-      return {};
-  }
   auto error = serve();
-  write_trace();
+  const bool cluster_stopped = !error;
+  bool told = false;
   {
     const std::lock_guard lock{news_.mutex};
     news_.host = nullptr;
-    if (news_.stop)
-      error = {}; // being told to stop is no failure, whatever it interrupted
+    told = news_.stop;
   }
-  host_->shut_down(!error);
+  if (told)
+    error = {}; // being told to stop is no failure, whatever it interrupted
+  if (auto trouble = write_trace(); trouble && !error)
+    error = trouble;
+  // Goodbye is said only when the whole cluster was told to stop; a rank whose own host stops it
+  // is lost to the others.
+  host_->shut_down(cluster_stopped && !told);
   return error;
 }
 
@@ -201,7 +212,7 @@ int rank_process_main(RankId self, const RankProcessOptions& options, AgentChann
   const auto error = process.run();
   if (!error)
     return 0;
-  agent.say("failed " + text_of(error));
+  agent.say((code_of(error) == Errc::peer_lost ? "lost " : "failed ") + text_of(error));
   return 1;
 }
 

@@ -28,34 +28,35 @@ RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* cont
       end(self, with_context("an actor of this rank ended", down.reason));
   });
   return {
-    [=](const PeerLost& news) {
-      if (self->state.stopping)
-        return;
-      const bool own = news.peer == self->state.context->self;
-      end(self, own ? news.why
-                    : with_context(fmt::format("rank {} was lost", news.peer.value), news.why));
-    },
-    [=](const PeerLeft& news) {
-      if (!self->state.stopping)
-        end(self, make_error(Errc::peer_lost, fmt::format("rank {} left", news.peer.value)));
-    },
-    [=](const StopRank&) {
-      self->state.stopping = true;
-      end(self, {});
-    },
-    [=](const StopCluster&) {
-      const auto& c = *self->state.context;
-      for (const auto& m : c.view->members)
-        if (m.rank != c.self)
-          c.postman->tell(m.rank, Route::supervisor, StopRank{});
-      c.postman->tell(c.self, Route::supervisor, StopRank{});
-    },
-    [=](const StatsQuery& query) {
-      auto stats = self->state.stats();
-      stats.query = query.query;
-      stats.rank = self->state.context->self;
-      self->state.context->postman->tell(query.reply_to, Route::gateway, std::move(stats));
-    },
+      [=](const PeerLost& news) {
+        if (self->state.stopping)
+          return;
+        const bool own = news.peer == self->state.context->self;
+        end(self, own ? news.why
+                      : with_context(fmt::format("rank {} was lost", news.peer.value), news.why));
+      },
+      [=](const PeerLeft&) {
+        // Goodbye is said only when the whole cluster was told to stop; the news overtook our order.
+        if (!self->state.stopping)
+          end(self, {});
+      },
+      [=](const StopRank&) {
+        self->state.stopping = true;
+        end(self, {});
+      },
+      [=](const StopCluster&) {
+        const auto& c = *self->state.context;
+        for (const auto& m : c.view->members)
+          if (m.rank != c.self)
+            c.postman->tell(m.rank, Route::supervisor, StopRank{});
+        c.postman->tell(c.self, Route::supervisor, StopRank{});
+      },
+      [=](const StatsQuery& query) {
+        auto stats = self->state.stats();
+        stats.query = query.query;
+        stats.rank = self->state.context->self;
+        self->state.context->postman->tell(query.reply_to, Route::gateway, std::move(stats));
+      },
   };
 }
 

@@ -17,8 +17,8 @@
 namespace troupe {
 
 using RankSupervisor =
-  caf::typed_actor<caf::reacts_to<PeerLost>, caf::reacts_to<PeerLeft>, caf::reacts_to<StopRank>,
-                   caf::reacts_to<StopCluster>, caf::reacts_to<StatsQuery>>;
+    caf::typed_actor<caf::reacts_to<PeerLost>, caf::reacts_to<PeerLeft>, caf::reacts_to<StopRank>,
+                     caf::reacts_to<StopCluster>, caf::reacts_to<StatsQuery>>;
 
 struct RankSupervisorState {
   static inline const char* name = "rank_supervisor";

@@ -51,30 +51,31 @@ caf::behavior simulated_client(caf::event_based_actor* self, caf::actor gateway,
                                std::map<RequestId, size_t>* index, size_t* finished) {
   const auto of = [=](RequestId id) -> SimulatedAnswer& { return (*answers)[index->at(id)]; };
   return {
-    [=](const RequestSpec& spec) {
-      const size_t place = answers->size();
-      answers->emplace_back();
-      SubmitRequest submit{token, spec, caf::actor_cast<caf::actor>(self)};
-      self->request(gateway, caf::infinite, std::move(submit))
-        .await([=](RequestId id) { (*index)[id] = place; });
-    },
-    [=](const TokensReady& news) {
-      auto& answer = of(news.id);
-      answer.tokens.insert(answer.tokens.end(), news.tokens.begin(), news.tokens.end());
-      answer.prompt_logprobs.insert(answer.prompt_logprobs.end(), news.prompt_logprobs.begin(),
-                                    news.prompt_logprobs.end());
-    },
-    [=](const RowsReady& news) {
-      auto& rows = of(news.id).rows[news.name];
-      rows.insert(rows.end(), news.bytes.begin(), news.bytes.end());
-      self->send(gateway, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
-    },
-    [=](const RequestDone& done) {
-      auto& answer = of(done.id);
-      answer.done = done;
-      answer.finished = true;
-      ++*finished;
-    },
+      [=](const RequestSpec& spec) {
+        const size_t place = answers->size();
+        answers->emplace_back();
+        SubmitRequest submit{token, spec, caf::actor_cast<caf::actor>(self)};
+        self->request(gateway, caf::infinite, std::move(submit)).await([=](RequestId id) {
+          (*index)[id] = place;
+        });
+      },
+      [=](const TokensReady& news) {
+        auto& answer = of(news.id);
+        answer.tokens.insert(answer.tokens.end(), news.tokens.begin(), news.tokens.end());
+        answer.prompt_logprobs.insert(answer.prompt_logprobs.end(), news.prompt_logprobs.begin(),
+                                      news.prompt_logprobs.end());
+      },
+      [=](const RowsReady& news) {
+        auto& rows = of(news.id).rows[news.name];
+        rows.insert(rows.end(), news.bytes.begin(), news.bytes.end());
+        self->send(gateway, RowsTaken{news.id, static_cast<int64_t>(news.bytes.size())});
+      },
+      [=](const RequestDone& done) {
+        auto& answer = of(done.id);
+        answer.done = done;
+        answer.finished = true;
+        ++*finished;
+      },
   };
 }
 
@@ -112,16 +113,16 @@ caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) 
       return endpoint.error();
     member->fabric = std::move(*endpoint);
     member->stream = make_inline_stream(
-      [this](Nanoseconds delay, std::function<void()> done) {
-        events_.schedule(delay, std::move(done));
-      },
-      [this](const char*) {
-        return Nanoseconds{static_cast<int64_t>(
-          random_.below(static_cast<uint64_t>(2 * options_.mean_job.count()) + 1))};
-      });
-    auto rank = Rank::make(
-      RankId{r}, options_.cluster, checkpoint,
-      {member->system.get(), member->fabric.get(), member->stream.get(), &clock_});
+        [this](Nanoseconds delay, std::function<void()> done) {
+          events_.schedule(delay, std::move(done));
+        },
+        [this](const char*) {
+          return Nanoseconds{static_cast<int64_t>(
+              random_.below(static_cast<uint64_t>(2 * options_.mean_job.count()) + 1))};
+        });
+    auto rank =
+        Rank::make(RankId{r}, options_.cluster, checkpoint,
+                   {member->system.get(), member->fabric.get(), member->stream.get(), &clock_});
     if (!rank)
       return rank.error();
     member->rank = std::move(*rank);
@@ -142,9 +143,9 @@ caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) 
     if (auto error = member->rank->start(Welcome{group.view}, {}))
       return error;
   client_ = std::make_shared<Client>();
-  client_->actor = members_[0]->system->spawn(
-    simulated_client, members_[0]->rank->open_gateway(), options_.cluster.cluster_token,
-    &client_->answers, &client_->index, &client_->finished);
+  client_->actor = members_[0]->system->spawn(simulated_client, members_[0]->rank->open_gateway(),
+                                              options_.cluster.cluster_token, &client_->answers,
+                                              &client_->index, &client_->finished);
   return {};
 }
 

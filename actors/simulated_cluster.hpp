@@ -1,9 +1,9 @@
 // A whole cluster on one thread from one seed: the unchanged production actors, on virtual time.
 //
-// Each rank has its own actor system with CAF's testing scheduler; messages between ranks go through
-// the loopback fabric, whose deliveries, and the ends of compute jobs, are events on one virtual clock.
-// The seed picks which ready actor runs next, how long a message travels and whether it is duplicated.
-// Same seed and same code: same run, down to the last message.
+// Each rank has its own actor system with CAF's testing scheduler; messages between ranks go
+// through the loopback fabric, whose deliveries, and the ends of compute jobs, are events on one
+// virtual clock. The seed picks which ready actor runs next, how long a message travels and whether
+// it is duplicated. Same seed and same code: same run, down to the last message.
 #pragma once
 
 #include "actors/rank.hpp"
@@ -26,14 +26,14 @@ namespace troupe {
 
 // Events in virtual time; ties in the order they were scheduled.
 class EventQueue final : public DeliveryScheduler {
- public:
+public:
   explicit EventQueue(VirtualClock& clock) : clock_(clock) {}
   void schedule(Nanoseconds delay, std::function<void()> deliver) override;
   [[nodiscard]] bool empty() const { return events_.empty(); }
   // Moves the clock to the next event and runs it. Not when empty.
   void run_next();
 
- private:
+private:
   struct Event {
     Nanoseconds at;
     uint64_t number;
@@ -52,9 +52,9 @@ class EventQueue final : public DeliveryScheduler {
 struct SimulatedClusterOptions {
   ClusterOptions cluster;
   uint64_t seed = 1;
-  LinkPolicy links;                          // delays, duplicates, reordering
-  Nanoseconds mean_job{50'000};              // virtual cost of a compute job; drawn from 0 to twice this
-  uint64_t max_events = 50'000'000;          // a run that needs more has lost its way
+  LinkPolicy links;                 // delays, duplicates, reordering
+  Nanoseconds mean_job{50'000};     // virtual cost of a compute job; drawn from 0 to twice this
+  uint64_t max_events = 50'000'000; // a run that needs more has lost its way
 };
 
 // What became of a request.
@@ -67,7 +67,7 @@ struct SimulatedAnswer {
 };
 
 class SimulatedCluster {
- public:
+public:
   [[nodiscard]] static caf::expected<std::unique_ptr<SimulatedCluster>>
   start(const SimulatedClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint);
   ~SimulatedCluster();
@@ -83,7 +83,7 @@ class SimulatedCluster {
   // One number over every choice made so far: equal for equal runs.
   [[nodiscard]] uint64_t trace_hash() const { return trace_hash_; }
 
- private:
+private:
   struct Member;
   struct Client;
   explicit SimulatedCluster(const SimulatedClusterOptions& options);

@@ -13,14 +13,14 @@
 namespace troupe {
 
 struct Span {
-  const char* name; // a literal
+  const char* name;  // a literal
   const char* track; // "compute" or "wire", a literal
   Nanoseconds begin{0}, end{0};
   int64_t layer = -1;
 };
 
 class Trace {
- public:
+public:
   explicit Trace(size_t max_spans = 1 << 20) : max_spans_(max_spans) {}
   void add(const Span& span) {
     const std::lock_guard lock{mutex_};
@@ -32,7 +32,7 @@ class Trace {
     return spans_;
   }
 
- private:
+private:
   mutable std::mutex mutex_;
   std::vector<Span> spans_;
   size_t max_spans_;

@@ -63,8 +63,7 @@ View next_view(View view, const SlotMoved& event) {
   if (event.layer < 0 || static_cast<size_t>(event.layer) >= view.placement_of_layer.size())
     return view;
   const int32_t index = view.placement_of_layer[static_cast<size_t>(event.layer)];
-  if (index < 0 || !event.to.valid() ||
-      static_cast<size_t>(event.to.value) >= view.members.size())
+  if (index < 0 || !event.to.valid() || static_cast<size_t>(event.to.value) >= view.members.size())
     return view;
   auto& slots = view.placement[static_cast<size_t>(index)].slots;
   if (!event.slot.valid() || static_cast<size_t>(event.slot.value) >= slots.size())
@@ -79,9 +78,9 @@ View next_view(View view, const SlotMoved& event) {
 }
 
 std::string to_table(const View& view) {
-  std::string text = fmt::format("epoch {}  tp {}  attention groups {}  dispatch {}\n", view.epoch,
-                                 view.tp, view.num_attention_groups,
-                                 view.two_hop ? "two-hop" : "direct");
+  std::string text =
+      fmt::format("epoch {}  tp {}  attention groups {}  dispatch {}\n", view.epoch, view.tp,
+                  view.num_attention_groups, view.two_hop ? "two-hop" : "direct");
   text += "rank  inc  alive  node  attention  tp  experts\n";
   for (const auto& m : view.members)
     fmt::format_to(std::back_inserter(text), "{:4}  {:3}  {:5}  {:4}  {:9}  {:2}  {}\n",

@@ -29,7 +29,7 @@ struct Member {
 // A physical slot: where one copy of a logical expert of one layer lives. The version fences
 // dispatches: a shard answers for the slot version it holds, whatever the epoch.
 struct Slot {
-  SlotId slot; // dense per layer
+  SlotId slot;     // dense per layer
   ExpertId expert; // n_routed_experts stands for the layer's shared experts
   RankId rank;
   uint32_t version = 1;
@@ -48,8 +48,8 @@ struct View {
   int32_t num_attention_groups = 0;
   bool two_hop = false;
   std::vector<Member> members;
-  std::vector<LayerPlacement> placement;        // MoE layers in ascending order
-  std::vector<int32_t> placement_of_layer;      // [layers] index into placement or -1
+  std::vector<LayerPlacement> placement;   // MoE layers in ascending order
+  std::vector<int32_t> placement_of_layer; // [layers] index into placement or -1
 
   [[nodiscard]] const Member& member(RankId r) const {
     return members.at(static_cast<size_t>(r.value));

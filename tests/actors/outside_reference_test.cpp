@@ -143,7 +143,7 @@ TEST_CASE("BF16 stays within its rounding of the reference") {
   for (const auto* name : {"v3", "v2", "moonlight", "v3_bf16", "v3_fp8"}) {
     CAPTURE(name);
     const std::filesystem::path folder =
-      std::filesystem::path{TROUPE_SOURCE_DIR "/tests/reference/data"} / name;
+        std::filesystem::path{TROUPE_SOURCE_DIR "/tests/reference/data"} / name;
     const Expected expected{folder};
     auto cluster = cluster_of(folder, DType::bf16);
     auto rows = score(cluster->client(), expected.values<int32_t>("tokens"));

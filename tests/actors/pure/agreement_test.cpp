@@ -220,6 +220,15 @@ TEST_CASE("random schedules with deaths never split views of two to seven, and t
     KeyedStream random{seed};
     const int members = 2 + static_cast<int>(random.below(6));
     auto w = start(members);
+    if (random.below(2) == 0) { // a death before anything was decided
+      const auto m = random.below(static_cast<uint64_t>(members));
+      w.alive[m] = false;
+      for (int p = 0; p < 2; ++p)
+        if (w.alive[static_cast<size_t>(p)])
+          apply(w, p,
+                certify(w.proposers[static_cast<size_t>(p)], RankId{static_cast<int32_t>(m)},
+                        w.records[m]));
+    }
     for (int i = 0; i < 400; ++i) {
       const auto what = random.below(20);
       const auto p = static_cast<int>(random.below(2));
