@@ -18,9 +18,10 @@ using namespace std::chrono_literals;
 constexpr Nanoseconds kCreditDelay = 20ms;
 // How often an arrival looks for room in a full pool.
 constexpr Nanoseconds kRetryPeriod = 1ms;
-// Forced closes complete at once or, when UCX lost track of a request, never.
+// What is left of the time given is spent on peers that answer; a hanging one gets no more than
+// this.
+constexpr Nanoseconds kFlushTimeout = 200ms;
 constexpr Nanoseconds kCloseTimeout = 500ms;
-constexpr Nanoseconds kSettleTimeout = 1s;
 // Events taken before commands and timers get their turn again.
 constexpr int kEventsPerStep = 64;
 
@@ -214,7 +215,7 @@ void UcxChannel::execute(StopCommand& command) {
   if (phase_ != Phase::running)
     return;
   if (!command.clean) {
-    start_closing();
+    stop_listening();
     return;
   }
   phase_ = Phase::leaving;
@@ -287,6 +288,15 @@ void UcxChannel::run_timers() {
 
 // ── the end ──
 
+// UCX 1.13 has three traps here, each an assertion that ends a process:
+//
+// 1. A worker is destroyed while it answers a peer's handshake. A flush waits for such answers.
+// 2. A worker is destroyed with a rendezvous under way. Closing its endpoint by force ends it.
+// 3. An endpoint is closed and the peer's handshake for it comes afterwards: a new endpoint would
+//    answer, and the peer fails on that. So only those are closed whose peer's hello came.
+//
+// Where time runs out before all that is done (a peer hung while it connected), the worker is
+// abandoned: it lives, undriven, to the end of the process.
 void UcxChannel::advance_phase() {
   if (phase_ == Phase::running || phase_ == Phase::done)
     return;
@@ -295,28 +305,42 @@ void UcxChannel::advance_phase() {
   const bool quiet = closes_in_flight_ == 0 && sends_in_flight_ == 0 && fetches_.empty();
   switch (phase_) {
   case Phase::leaving:
-    if (late)
-      return start_closing();
-    if (sends_in_flight_ != 0 || !std::ranges::all_of(peers_, answered))
-      return;
-    phase_ = Phase::flushing;
-    return start_flush();
+    if (late || (sends_in_flight_ == 0 && std::ranges::all_of(peers_, answered)))
+      stop_listening();
+    return;
   case Phase::flushing:
-    if (flushed_ || late)
+    if (late || (flushed_ && met_all()))
       start_closing();
     return;
   case Phase::closing:
     if (!quiet && !late)
       return;
+    abandoned_ = !quiet;
     phase_ = Phase::settling;
-    phase_ends_ = clock_.now() + kSettleTimeout;
+    phase_ends_ = clock_.now() + kFlushTimeout;
     return start_flush();
   case Phase::settling:
-    return settle(late);
+    if (!flushed_ && !late)
+      return;
+    abandoned_ = abandoned_ || !flushed_;
+    phase_ = Phase::done;
+    return;
   case Phase::running:
   case Phase::done:
     return;
   }
+}
+
+void UcxChannel::stop_listening() {
+  phase_ = Phase::flushing;
+  phase_ends_ = clock_.now() + kFlushTimeout;
+  for (auto& [rank, peer] : peers_) {
+    if (peer->link) // its requests may fail from here on, which is no loss
+      FabricBase::leave_connected(*peer->link, Link::State::left);
+    peer->origin.heard = false;
+    drop_arrivals(*peer);
+  }
+  start_flush();
 }
 
 void UcxChannel::start_flush() {
@@ -332,30 +356,19 @@ void UcxChannel::start_flush() {
     flushed_ = true;
 }
 
-// UCX 1.13 aborts the process when a worker is destroyed while it answers the handshake of a peer
-// that connects just now. A flush waits for such answers; one that can't be sent leaves no choice
-// but to abandon the worker.
-void UcxChannel::settle(bool late) {
-  if (flushed_ && ucp_worker_progress(worker_) == 0)
-    phase_ = Phase::done;
-  else if (flushed_ && !late)
-    start_flush();
-  if (late && phase_ == Phase::settling) {
-    abandoned_ = true;
-    phase_ = Phase::done;
-  }
+bool UcxChannel::met_all() const {
+  return std::ranges::all_of(peers_, [](const auto& entry) {
+    const auto& peer = *entry.second;
+    return !peer.endpoint || peer.met == peer.link->incarnation;
+  });
 }
 
 void UcxChannel::start_closing() {
   phase_ = Phase::closing;
   phase_ends_ = clock_.now() + kCloseTimeout;
-  for (auto& [rank, peer] : peers_) {
-    if (peer->link) // its requests are about to fail, which is no loss
-      FabricBase::leave_connected(*peer->link, Link::State::left);
-    peer->origin.heard = false;
-    drop_arrivals(*peer);
-    close_endpoint(*peer);
-  }
+  for (auto& [rank, peer] : peers_)
+    if (peer->endpoint && peer->met == peer->link->incarnation)
+      close_endpoint(*peer);
 }
 
 // Buffers of requests that never completed are given up only after the worker.
@@ -368,6 +381,7 @@ void UcxChannel::release_all() {
     ucp_worker_destroy(worker_);
   worker_ = nullptr;
   fetches_.clear();
+  free_send_requests_.clear();
   send_requests_.clear();
 }
 

@@ -33,6 +33,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -81,6 +82,7 @@ private:
     // Towards the peer.
     LinkRef link; // null until `connect`
     ucp_ep_h endpoint = nullptr;
+    std::optional<uint32_t> met; // the incarnation whose hello came last
     bool awaits_goodbye = false; // we said GOODBYE and it did not answer yet
     // From the peer.
     RankId rank;
@@ -122,10 +124,10 @@ private:
 
   enum class Phase : uint8_t {
     running,
-    leaving,  // GOODBYE is said; until all answered and all is flushed, or time is up
-    flushing, // all answered
+    leaving,  // GOODBYE is said; until all answered, or time is up
+    flushing, // nobody is listened to any more; until UCX has nothing under way, or time is up
     closing,  // endpoints are closed by force; until their requests ended, or time is up
-    settling, // until UCX has nothing under way that it could not be torn down with
+    settling, // flushed once more
     done,
   };
 
@@ -145,9 +147,10 @@ private:
   [[nodiscard]] Nanoseconds next_timer() const;
   void run_timers();
   void advance_phase();
+  void stop_listening();
   void start_flush();
   void start_closing();
-  void settle(bool late);
+  [[nodiscard]] bool met_all() const;
   void release_all();
 
   // Towards peers (ucx_channel_send.cpp).
@@ -174,6 +177,7 @@ private:
                        uint64_t attributes);
   ucs_status_t receive_ordered(Peer& peer, const WireHeader& header, void* data,
                                uint64_t attributes);
+  void note_handshake(const WireHeader& hello);
   void receive_hello(const WireHeader& header, std::span<const std::byte> payload);
   void receive_goodbye(Peer& peer);
   enum class Placement : uint8_t { placed, no_room, failed };

@@ -31,6 +31,11 @@ ucs_status_t UcxChannel::on_active_message(void* channel, const void* header, si
 ucs_status_t UcxChannel::receive(std::span<const std::byte> encoded, void* data, size_t length,
                                  uint64_t attributes) {
   const auto header = decode_header(encoded);
+  if (phase_ != Phase::running && phase_ != Phase::leaving) { // nobody listens any more
+    if (header && header->kind == WireKind::hello)
+      note_handshake(*header);
+    return UCS_OK;
+  }
   auto error = header ? fabric_.check_cluster(*header) : header.error();
   if (!error && header->payload_bytes != length)
     error = make_error(Errc::malformed,
@@ -89,6 +94,7 @@ void UcxChannel::receive_hello(const WireHeader& header, std::span<const std::by
     return;
   }
   auto& peer = peer_of(header.source);
+  note_handshake(header);
   if (peer.origin.heard && peer.origin.incarnation == accepted->incarnation)
     return;
   drop_arrivals(peer);
@@ -96,6 +102,12 @@ void UcxChannel::receive_hello(const WireHeader& header, std::span<const std::by
   peer.next_sequence = 0;
   peer.uncredited = 0;
   peer.silence = {};
+}
+
+// Its hello came through the peer's own endpoint, so UCX's handshakes are behind us.
+void UcxChannel::note_handshake(const WireHeader& hello) {
+  if (const auto it = peers_.find(hello.source); it != peers_.end())
+    it->second->met = hello.incarnation;
 }
 
 ucs_status_t UcxChannel::receive_ordered(Peer& peer, const WireHeader& header, void* data,

@@ -357,6 +357,37 @@ TEST_CASE("over UCX a broken connection is a loss, and a new incarnation is welc
   CHECK(sink.wait([&] { return sink.left.size() == 1; }));
 }
 
+// UCX asserts on handshakes that meet a closing endpoint, which would end the process.
+TEST_CASE("ranks that come and go at any moment harm nobody") {
+  for (const uint64_t seed : seeds(6)) {
+    CAPTURE(seed);
+    KeyedStream draws{seed};
+    std::vector<RecordingSink> sinks(4);
+    std::vector<std::unique_ptr<Fabric>> fabrics;
+    for (int r = 0; r < 4; ++r) {
+      fabrics.push_back(std::move(*make_ucx_fabric(options_for(r))));
+      REQUIRE_FALSE(fabrics.back()->start(&sinks[static_cast<size_t>(r)]));
+    }
+    std::vector<std::thread> lives;
+    for (size_t r = 0; r < 4; ++r)
+      lives.emplace_back([&, r, pause_us = draws.below(3000), clean = draws.below(2) == 0] {
+        for (auto& peer : fabrics) {
+          (void)fabrics[r]->connect(peer->self(), 1, peer->address());
+          (void)fabrics[r]->send(peer->self(), header_of(WireKind::bulk),
+                                 filled(fabrics[r]->pool(), 200'000, 1));
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds{pause_us});
+        if (r != 0) // rank 0 sees the others go
+          fabrics[r]->stop(clean, 300);
+      });
+    for (auto& life : lives)
+      life.join();
+    CHECK(sinks[0].wait([&] { return sinks[0].left.size() + sinks[0].lost.size() == 3; }));
+    REQUIRE_FALSE(fabrics[0]->send(RankId{0}, header_of(WireKind::control), {}));
+    CHECK(sinks[0].wait_for_messages(2));
+  }
+}
+
 TEST_CASE("a loss with much in flight gives every buffer back") {
   Cluster cluster{2, [](FabricOptions& o) {
                     if (o.self == RankId{1})
