@@ -249,7 +249,7 @@ inline void run_pass(AbsorbedPass& pass, std::byte* memory, int64_t thread_bytes
   pass.heads_per_unit = std::clamp(ceil_div(s.heads * pass.num_rows, int64_t{threads}),
                                    std::min<int64_t>(4, s.heads), kAbsorbedHeads);
   const int64_t absorb = s.heads * padded_panels(s.kv_lora_rank);
-  workers.parallel_for(absorb, grain_for(absorb, threads, 2),
+  workers.parallel_for(absorb, grain_for(absorb, threads, 2 * s.qk_nope_head_dim * kPanelRows),
                        [&](int64_t begin, int64_t end, int) { absorb_queries(pass, begin, end); });
   const int64_t units = pass.num_rows * ceil_div(s.heads, pass.heads_per_unit);
   workers.parallel_for(units, 1, [&](int64_t begin, int64_t end, int worker) {
@@ -257,7 +257,7 @@ inline void run_pass(AbsorbedPass& pass, std::byte* memory, int64_t thread_bytes
     attend_units(pass, AbsorbedThread(part, s, pass.args->q.dtype), begin, end);
   });
   const int64_t project = s.heads * padded_panels(s.v_head_dim);
-  workers.parallel_for(project, grain_for(project, threads, 1),
+  workers.parallel_for(project, grain_for(project, threads, 2 * s.kv_lora_rank * kPanelRows),
                        [&](int64_t begin, int64_t end, int) { project_values(pass, begin, end); });
   pass.num_rows = 0;
 }

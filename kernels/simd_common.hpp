@@ -32,10 +32,11 @@ inline constexpr int64_t kQuantTile = 128; // columns of one activation scale
 // Bytes of one panel's pair of K columns.
 [[nodiscard]] inline int64_t pair_bytes(DType dtype) { return 2 * kPanelRows * size_of(dtype); }
 
-// The chunk size that gives each thread about eight chunks, but no chunk under `min_units`.
-[[nodiscard]] inline int64_t grain_for(int64_t units, int num_threads, int64_t min_units) {
-  return std::max(
-      {int64_t{1}, min_units, std::min(units / (8 * int64_t{num_threads}), int64_t{64})});
+// Units of work a thread claims at once: about 256 KiB of weights or rows, which take a core some
+// ten microseconds, so that claiming costs nothing and a descheduled thread holds up little.
+[[nodiscard]] inline int64_t grain_for(int64_t units, int num_threads, int64_t unit_bytes) {
+  const int64_t enough = (int64_t{256} << 10) / std::max<int64_t>(unit_bytes, 1);
+  return std::clamp<int64_t>(units / (4 * int64_t{num_threads}), 1, std::max<int64_t>(enough, 1));
 }
 
 // The scale of a 1×128 tile with this amax (§5.5).

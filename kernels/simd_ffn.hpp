@@ -141,8 +141,7 @@ inline void grouped_ffn(const GroupedFfnArgs& args, Workers& workers) {
     plan.row_limit /= 2;
 
   int64_t units = count_units(plan, false);
-  workers.parallel_for(units,
-                       grain_for(units, threads, ceil_div(256, std::max<int64_t>(args.hidden, 1))),
+  workers.parallel_for(units, grain_for(units, threads, 4 * args.hidden * kPanelRows),
                        [&](int64_t begin, int64_t end, int) { gate_up_units(plan, begin, end); });
   plan.source = {{scratch.product, a, width}, {}};
   if (quantized) {
@@ -158,7 +157,7 @@ inline void grouped_ffn(const GroupedFfnArgs& args, Workers& workers) {
     plan.source = {{}, {scratch.codes, scratch.scales, width, q.scale_stride}};
   }
   units = count_units(plan, true);
-  workers.parallel_for(units, grain_for(units, threads, ceil_div(512, width)),
+  workers.parallel_for(units, grain_for(units, threads, 2 * width * kPanelRows),
                        [&](int64_t begin, int64_t end, int) { down_units(plan, begin, end); });
 }
 

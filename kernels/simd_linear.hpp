@@ -43,10 +43,10 @@ inline void linear(const LinearArgs& args, Workers& workers) {
   LinearPlan plan{&args, even_rows(args.num_rows, limit), 0};
   plan.blocks = ceil_div(args.num_rows, plan.rows_per_block);
   const int64_t units = panels * plan.blocks;
-  // A chunk of less than about 32 K weights isn't worth claiming.
-  const int64_t least = ceil_div(512, std::max<int64_t>(args.w->k, 1));
-  workers.parallel_for(units, grain_for(units, workers.num_threads(), least),
-                       [&](int64_t begin, int64_t end, int) { linear_units(plan, begin, end); });
+  workers.parallel_for(
+      units,
+      grain_for(units, workers.num_threads(), args.w->k * kPanelRows * size_of(args.w->dtype)),
+      [&](int64_t begin, int64_t end, int) { linear_units(plan, begin, end); });
 }
 
 // Lanes [i, i + n) of the partials, added as a tree of adjacent pairs.
@@ -74,7 +74,7 @@ inline void add_partials_rows(const AddPartialsArgs& a, int64_t begin, int64_t e
 
 inline void add_partials(const AddPartialsArgs& args, Workers& workers) {
   workers.parallel_for(
-      args.num_rows, grain_for(args.num_rows, workers.num_threads(), 1),
+      args.num_rows, grain_for(args.num_rows, workers.num_threads(), args.n * 4),
       [&](int64_t begin, int64_t end, int) { add_partials_rows(args, begin, end); });
 }
 

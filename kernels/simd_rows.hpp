@@ -20,7 +20,7 @@ inline void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
 }
 
 inline void rms_norm(const RmsNormArgs& args, Workers& workers) {
-  workers.parallel_for(args.num_rows, grain_for(args.num_rows, workers.num_threads(), 1),
+  workers.parallel_for(args.num_rows, grain_for(args.num_rows, workers.num_threads(), args.n * 4),
                        [&](int64_t begin, int64_t end, int) { rms_norm_rows(args, begin, end); });
 }
 
@@ -53,7 +53,7 @@ inline void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
 }
 
 inline void quantize(const QuantizeArgs& args, Workers& workers) {
-  workers.parallel_for(args.num_rows, grain_for(args.num_rows, workers.num_threads(), 1),
+  workers.parallel_for(args.num_rows, grain_for(args.num_rows, workers.num_threads(), args.k * 4),
                        [&](int64_t begin, int64_t end, int) { quantize_rows(args, begin, end); });
 }
 
