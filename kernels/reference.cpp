@@ -1,5 +1,6 @@
 // The reference backend: the specification in plain loops, in exactly the documented order. Written
-// to be read and compared with, not to be fast. Attention and gate have files of their own.
+// to be read and compared with, not to be fast. Attention, gate and rotation have files of their
+// own.
 #include "kernels/reference_access.hpp"
 
 #include <bit>
@@ -60,28 +61,6 @@ void rms_norm_rows(const RmsNormArgs& a, Workers& workers) {
       rms_norm<float>(
           a.n, a.eps, [&](int64_t i) { return get(a.x, r, i); },
           [&](int64_t i) { return a.weight[i]; }, [&](int64_t i, float y) { put(a.out, r, i, y); });
-  });
-}
-
-void rotate_head(const RopeArgs& a, int64_t row, int64_t first) {
-  const RopeTable& t = *a.table;
-  const int64_t half = t.dim / 2, angle = a.positions[row] * half;
-  const Rows x{a.x.data, a.x.dtype, a.x.stride};
-  for (int64_t i = 0; i < half; ++i) {
-    const int64_t p = first + (t.interleaved ? 2 * i : i);
-    const int64_t q = t.interleaved ? p + 1 : p + half;
-    const auto [turned_p, turned_q] =
-        rotate(get(x, row, p), get(x, row, q), t.cos[angle + i], t.sin[angle + i]);
-    put(a.x, row, p, turned_p);
-    put(a.x, row, q, turned_q);
-  }
-}
-
-void rope(const RopeArgs& a, Workers& workers) {
-  workers.parallel_for(a.num_rows, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t h = 0; h < a.heads; ++h)
-        rotate_head(a, r, h * a.head_stride);
   });
 }
 

@@ -89,6 +89,7 @@ template <class X>
   return product(w, row, x, [](int64_t) { return 1.0f; });
 }
 
+void rope(const RopeArgs& args, Workers& workers);
 void gate(const GateArgs& args, Workers& workers);
 void mla_naive(const MlaNaiveArgs& args, Workers& workers);
 void mla_absorbed(const MlaAbsorbedArgs& args, Workers& workers);

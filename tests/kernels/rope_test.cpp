@@ -162,3 +162,39 @@ TEST_CASE("half-split and interleaved rotations differ by a permutation only") {
     }
   CHECK(a[0] != 1.0f);
 }
+
+TEST_CASE("the backend's rotation has the bits of the formula, in both dtypes and orders") {
+  ModelConfig config;
+  config.qk_rope_head_dim = 34; // 17 pairs: vectors and a rest
+  config.rope_theta = 1e4;
+  InlineWorkers workers;
+  for (const bool interleaved : {true, false}) {
+    config.rope_interleave = interleaved;
+    const RopeTables tables(config, 100);
+    const RopeTable& t = tables.table();
+    const int32_t positions[3] = {0, 99, 41};
+    float x[3][80], y[3][80];
+    BF16 z[3][80];
+    for (int r = 0; r < 3; ++r)
+      for (int i = 0; i < 80; ++i) {
+        z[r][i] = to_bf16(static_cast<float>((37 * i + 11 * r) % 19) * 0.37f - 3);
+        x[r][i] = y[r][i] = to_float(z[r][i]);
+      }
+    reference_backend().rope({3, 2, {y, DType::f32, 80}, 40, positions, &t}, workers);
+    reference_backend().rope({3, 2, {z, DType::bf16, 80}, 40, positions, &t}, workers);
+    for (int r = 0; r < 3; ++r)
+      for (int h = 0; h < 2; ++h)
+        for (int i = 0; i < 17; ++i) {
+          const int p = 40 * h + (interleaved ? 2 * i : i), q = interleaved ? p + 1 : p + 17;
+          const int64_t angle = positions[r] * 17 + i;
+          const auto [a, b] = reference::rotate(x[r][p], x[r][q], t.cos[angle], t.sin[angle]);
+          CHECK(y[r][p] == a);
+          CHECK(y[r][q] == b);
+          CHECK(z[r][p].bits == to_bf16(a).bits);
+          CHECK(z[r][q].bits == to_bf16(b).bits);
+        }
+    for (int r = 0; r < 3; ++r)
+      for (const int i : {34, 39, 74, 79}) // between the vectors
+        CHECK(y[r][i] == x[r][i]);
+  }
+}
