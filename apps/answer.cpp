@@ -65,21 +65,21 @@ caf::expected<std::vector<int32_t>> chat_prompt(const Tokenizer& tokenizer,
 
 double decode_rate(const RequestDone& done) {
   return done.decode_s > 0 && done.answer_tokens > 1
-           ? static_cast<double>(done.answer_tokens - 1) / done.decode_s
-           : 0;
+             ? static_cast<double>(done.answer_tokens - 1) / done.decode_s
+             : 0;
 }
 
 std::string summary(const RequestDone& done, const ClusterStats& stats, const ClusterInfo& info) {
   std::string text = fmt::format(
-    "\n{} prompt tokens in {:.2f} s, {} answer tokens at {:.1f} tokens/s ({}), {}, {}\n",
-    done.prompt_tokens, done.prefill_s, done.answer_tokens, decode_rate(done), done.finish_reason,
-    info.arithmetic, info.backend);
+      "\n{} prompt tokens in {:.2f} s, {} answer tokens at {:.1f} tokens/s ({}), {}, {}\n",
+      done.prompt_tokens, done.prefill_s, done.answer_tokens, decode_rate(done), done.finish_reason,
+      info.arithmetic, info.backend);
   if (done.drafted > 0)
     fmt::format_to(std::back_inserter(text), "drafts: {} of {} accepted ({:.0f} %)\n",
                    done.accepted, done.drafted,
                    100.0 * static_cast<double>(done.accepted) / static_cast<double>(done.drafted));
-  fmt::format_to(std::back_inserter(text), "{:>4}  {:>12}  {:>12}  {:>10}  {:>10}  {:>10}\n", "rank",
-                 "sent", "received", "weights", "KV cache", "resident");
+  fmt::format_to(std::back_inserter(text), "{:>4}  {:>12}  {:>12}  {:>10}  {:>10}  {:>10}\n",
+                 "rank", "sent", "received", "weights", "KV cache", "resident");
   for (const auto& r : stats.ranks)
     fmt::format_to(std::back_inserter(text), "{:>4}  {:>12}  {:>12}  {:>10}  {:>10}  {:>10}\n",
                    r.rank.value, bytes_text(static_cast<int64_t>(r.bytes_sent)),

@@ -15,7 +15,7 @@
 namespace troupe {
 
 class Answer {
- public:
+public:
   // Without a tokenizer the text stays empty and, when streaming, ids are shown instead.
   Answer(std::shared_ptr<const Tokenizer> tokenizer, std::vector<std::string> stops, bool stream);
   void add(std::span<const int32_t> tokens);
@@ -25,7 +25,7 @@ class Answer {
   // Without the ending token and the stop string.
   [[nodiscard]] const std::string& text() const { return text_; }
 
- private:
+private:
   void show();
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::optional<Detokenizer> detokenizer_;

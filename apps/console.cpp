@@ -2,10 +2,14 @@
 
 #include <fmt/format.h>
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <charconv>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -13,12 +17,66 @@
 
 namespace troupe {
 
-int complain(const std::string& text) {
-  fmt::print(stderr, "troupe: error: {}\n", text);
+namespace {
+
+std::function<void(const caf::error&)>& complaints() {
+  static std::function<void(const caf::error&)> listener;
+  return listener;
+}
+
+} // namespace
+
+void divert_complaints(std::function<void(const caf::error&)> listener) {
+  complaints() = std::move(listener);
+}
+
+int complain(const caf::error& error) {
+  std::fflush(stdout); // results before the trouble that ended them
+  if (complaints())
+    complaints()(error);
+  else
+    fmt::print(stderr, "troupe: error: {}\n", text_of(error));
   return 1;
 }
 
-int complain(const caf::error& error) { return complain(text_of(error)); }
+int complain(const std::string& text) { return complain(make_error(Errc::invalid_argument, text)); }
+
+int wrong_usage(const caf::error& error) {
+  complain(error);
+  return 2;
+}
+
+int wrong_usage(const std::string& text) {
+  return wrong_usage(make_error(Errc::invalid_argument, text));
+}
+
+int after_output(int code) {
+  errno = 0;
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout))
+    return code;
+  const int why = errno;
+  std::clearerr(stdout);
+  if (code != 0) // a first error was told
+    return code;
+  return complain(
+      make_error(Errc::io_error, fmt::format("standard output: can't be written{}{}",
+                                             why ? ": " : "", why ? strerror(why) : "")));
+}
+
+caf::error check_writable(const std::string& path) {
+  struct stat found {};
+  const bool exists = stat(path.c_str(), &found) == 0;
+  if (exists && !S_ISREG(found.st_mode))
+    return make_error(Errc::invalid_argument, path + ": is not a regular file");
+  const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+  if (fd < 0)
+    return make_error(Errc::io_error,
+                      fmt::format("{}: can't be written: {}", path, strerror(errno)));
+  close(fd);
+  if (!exists)
+    unlink(path.c_str());
+  return {};
+}
 
 std::string with_commas(int64_t n) {
   auto digits = std::to_string(n < 0 ? -n : n);
@@ -46,15 +104,14 @@ caf::expected<std::vector<int32_t>> parse_ids(const std::string& text) {
     const auto last = piece.find_last_not_of(" \t\n");
     int32_t id = -1;
     if (first != std::string::npos) {
-      const auto [end, error] =
-        std::from_chars(piece.data() + first, piece.data() + last + 1, id);
+      const auto [end, error] = std::from_chars(piece.data() + first, piece.data() + last + 1, id);
       if (error != std::errc{} || end != piece.data() + last + 1)
         id = -1;
     }
     if (id < 0)
-      return make_error(Errc::invalid_argument,
-                        fmt::format("tokens: \"{}\" is no token id, expected numbers as 5,7,9",
-                                    piece));
+      return make_error(
+          Errc::invalid_argument,
+          fmt::format("tokens: \"{}\" is no token id, expected numbers as 5,7,9", piece));
     ids.push_back(id);
   }
   if (ids.empty())

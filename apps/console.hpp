@@ -5,6 +5,7 @@
 #include "config/errors.hpp"
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,18 @@ namespace troupe {
 // "troupe: error: …" on stderr; returns the exit code 1.
 int complain(const caf::error& error);
 int complain(const std::string& text);
+// The same for options that make no sense; returns the exit code 2.
+int wrong_usage(const caf::error& error);
+int wrong_usage(const std::string& text);
+// A client among ranks tells its agent instead, which knows whether somebody else's end was the
+// cause.
+void divert_complaints(std::function<void(const caf::error&)> listener);
+
+// `code`, unless what was printed could not be written (a full disk, a closed pipe).
+[[nodiscard]] int after_output(int code);
+// Whether a file can be written there, found out before the work that fills it. An existing file
+// is left as it is.
+[[nodiscard]] caf::error check_writable(const std::string& path);
 
 // "671,026,419,200"
 [[nodiscard]] std::string with_commas(int64_t n);
@@ -26,13 +39,13 @@ int complain(const std::string& text);
 
 // A line on stderr that is overwritten; silent when stderr is no terminal.
 class ProgressLine {
- public:
+public:
   explicit ProgressLine(bool enabled);
   ~ProgressLine();
   void show(const std::string& text);
   void clear();
 
- private:
+private:
   bool enabled_;
   bool shown_ = false;
 };

@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -24,7 +25,7 @@ namespace {
 struct GenerateOptions {
   SessionOptions session;
   std::string prompt, prompt_file, tokens;
-  bool has_prompt = false;
+  bool has_tokens = false;
   bool chat = false;
   RequestSpec spec;
   std::string logits_file;
@@ -33,8 +34,9 @@ struct GenerateOptions {
 };
 
 // The prompt as ids. Text follows add_bos_token; ids are taken as they are.
-caf::expected<std::vector<int32_t>> prompt_ids(const GenerateOptions& o, const Tokenizer* tokenizer) {
-  if (!o.tokens.empty())
+caf::expected<std::vector<int32_t>> prompt_ids(const GenerateOptions& o,
+                                               const Tokenizer* tokenizer) {
+  if (o.has_tokens)
     return parse_ids(o.tokens);
   if (!tokenizer)
     return make_error(Errc::not_found,
@@ -106,8 +108,8 @@ struct LogitsFile {
   }
 };
 
-boost::json::object to_json(const RequestDone& done, const ClusterStats& stats, const Answer& answer,
-                            const ClusterInfo& info) {
+boost::json::object to_json(const RequestDone& done, const ClusterStats& stats,
+                            const Answer& answer, const ClusterInfo& info) {
   boost::json::object json;
   json["text"] = answer.text();
   json["tokens"] = boost::json::array(answer.tokens().begin(), answer.tokens().end());
@@ -121,7 +123,7 @@ boost::json::object to_json(const RequestDone& done, const ClusterStats& stats, 
   json["decode_s"] = done.decode_s;
   json["tokens_per_s"] = decode_rate(done);
   json["prefill_tokens_per_s"] =
-    done.prefill_s > 0 ? static_cast<double>(done.prompt_tokens) / done.prefill_s : 0;
+      done.prefill_s > 0 ? static_cast<double>(done.prompt_tokens) / done.prefill_s : 0;
   json["arithmetic"] = info.arithmetic;
   json["backend"] = info.backend;
   json["ranks"] = ranks_json(stats);
@@ -153,8 +155,10 @@ int run(GenerateOptions& o, ClusterClient& client, std::shared_ptr<const Tokeniz
     answer.add(news.tokens);
   };
   handlers.on_rows = [&](const RowsReady& rows) { logits.take(rows); };
-  auto done = client.wait(handlers);
+  auto done = client.wait(handlers, [] { return std::ferror(stdout) != 0; });
   progress.clear();
+  if (std::ferror(stdout))
+    return after_output(0);
   answer.finish(done && done->finish_reason == "stop");
   if (!done)
     return complain(done.error());
@@ -175,7 +179,10 @@ int run(GenerateOptions& o, ClusterClient& client, std::shared_ptr<const Tokeniz
 
 int generate(GenerateOptions& o) {
   if (auto error = check_sampling(o.spec))
-    return complain(error);
+    return wrong_usage(error);
+  if (o.has_tokens)
+    if (auto ids = parse_ids(o.tokens); !ids)
+      return wrong_usage(ids.error());
   auto tokenizer = Tokenizer::load(o.session.cluster.model);
   if (!tokenizer && code_of(tokenizer.error()) != Errc::not_found)
     return complain(tokenizer.error());
@@ -187,6 +194,9 @@ int generate(GenerateOptions& o) {
   o.spec.logits = !o.logits_file.empty();
   need_context(o.session, static_cast<int64_t>(o.spec.prompt.size()) + o.spec.max_tokens,
                o.spec.speculate);
+  if (o.spec.logits)
+    if (auto error = check_writable(o.logits_file))
+      return complain(error);
   return with_cluster(o.session, [&](ClusterClient& client) { return run(o, client, loaded); });
 }
 
@@ -196,41 +206,53 @@ void add_generate(CLI::App& app, int& code) {
   auto o = std::make_shared<GenerateOptions>();
   auto* command = app.add_subcommand("generate", "Stream text from a model");
   command->add_option("MODEL", o->session.cluster.model, "Folder of a Hugging Face checkpoint")
-    ->required();
+      ->required();
   auto* prompt = command->add_option_group("Prompt", "one of");
   prompt->add_option("--prompt,-p", o->prompt, "Text to continue");
   prompt->add_option("--prompt-file,-f", o->prompt_file, "File with it; - is standard input");
-  prompt->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
+  auto* tokens = prompt->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
   prompt->require_option(1);
   command->add_flag("--chat", o->chat, "The prompt is a user's message: apply the chat template");
   auto& s = o->spec.sampling;
   command->add_option("--max-tokens,-n", o->spec.max_tokens, "Tokens to generate at most")
-    ->default_val(128)
-    ->check(CLI::PositiveNumber);
+      ->default_val(128)
+      ->check(CLI::Range(1, std::numeric_limits<int32_t>::max()));
   command->add_flag("--ignore-eos", o->spec.ignore_eos, "Go on after an end token");
   command->add_option("--temperature", s.temperature, "0: greedy")->capture_default_str();
   command->add_option("--top-k", s.top_k, "Sample from the k likeliest; 0: all")
-    ->check(CLI::NonNegativeNumber)
-    ->capture_default_str();
+      ->check(CLI::Range(0, std::numeric_limits<int32_t>::max()))
+      ->capture_default_str();
   command->add_option("--top-p", s.top_p, "Sample from the likeliest that hold this probability")
-    ->capture_default_str();
+      ->capture_default_str();
   command->add_option("--min-p", s.min_p, "Drop what is this much less likely than the likeliest")
-    ->capture_default_str();
-  command->add_option("--repetition-penalty", s.repetition_penalty)->capture_default_str();
-  command->add_option("--presence-penalty", s.presence_penalty)->capture_default_str();
-  command->add_option("--frequency-penalty", s.frequency_penalty)->capture_default_str();
+      ->capture_default_str();
+  command
+      ->add_option("--repetition-penalty", s.repetition_penalty,
+                   "Divide the logits of ids seen before; 1: off")
+      ->capture_default_str();
+  command
+      ->add_option("--presence-penalty", s.presence_penalty,
+                   "Lower the logits of ids in the answer; 0: off")
+      ->capture_default_str();
+  command
+      ->add_option("--frequency-penalty", s.frequency_penalty,
+                   "Lower them by this for each occurrence; 0: off")
+      ->capture_default_str();
   command->add_option("--seed", s.seed, "Equal seeds, equal answers")->capture_default_str();
   command->add_option("--stop", o->spec.stop, "End before this text; may be given several times")
-    ->allow_extra_args(false);
+      ->allow_extra_args(false);
   command->add_option("--speculate", o->spec.speculate, "Draft this many tokens with MTP; 0: none")
-    ->check(CLI::Range(0, 16))
-    ->capture_default_str();
+      ->check(CLI::Range(0, 16))
+      ->capture_default_str();
   command->add_option("--logits", o->logits_file,
                       "Write raw logits [answer tokens, vocab] to this safetensors file");
   command->add_flag("--json", o->json, "Print one JSON object instead of text");
   command->add_flag("--quiet,-q", o->quiet, "Print the text only");
   add_cluster_options(*command, o->session);
-  command->callback([o, &code] { code = generate(*o); });
+  command->callback([o, tokens, &code] {
+    o->has_tokens = tokens->count() > 0;
+    code = generate(*o);
+  });
 }
 
 } // namespace troupe

@@ -5,6 +5,7 @@
 #include "config/presets.hpp"
 
 #include <CLI/CLI.hpp>
+#include <boost/json.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -19,6 +20,7 @@ namespace {
 
 struct InitCommand {
   std::string what, out, dtype = "bf16";
+  bool json = false;
   uint64_t seed = 0;
 };
 
@@ -47,8 +49,14 @@ int init(const InitCommand& o) {
   if (auto error = init_checkpoint(*config, o.out, options))
     return complain(error);
   progress.clear();
-  fmt::print("{}: {} parameters, {}\n", o.out, with_commas(count_parameters(*config).total),
-             o.dtype);
+  const auto parameters = count_parameters(*config).total;
+  if (o.json)
+    fmt::print(
+        "{}\n",
+        boost::json::serialize(boost::json::object{
+            {"path", o.out}, {"parameters", parameters}, {"dtype", o.dtype}, {"seed", o.seed}}));
+  else
+    fmt::print("{}: {} parameters, {}\n", o.out, with_commas(parameters), o.dtype);
   return 0;
 }
 
@@ -58,15 +66,16 @@ void add_init(CLI::App& app, int& code) {
   auto o = std::make_shared<InitCommand>();
   auto* command = app.add_subcommand("init", "Write a random checkpoint in Hugging Face format");
   command
-    ->add_option("PRESET_OR_CONFIG", o->what,
-                 fmt::format("A config.json, a folder with one, or a preset: {}",
-                             fmt::join(preset_names(), ", ")))
-    ->required();
+      ->add_option("PRESET_OR_CONFIG", o->what,
+                   fmt::format("A config.json, a folder with one, or a preset: {}",
+                               fmt::join(preset_names(), ", ")))
+      ->required();
   command->add_option("OUT", o->out, "Folder to create")->required();
   command->add_option("--dtype", o->dtype, "f32, bf16 or fp8 (128×128 blocks)")
-    ->check(CLI::IsMember({"f32", "bf16", "fp8"}))
-    ->capture_default_str();
+      ->check(CLI::IsMember({"f32", "bf16", "fp8"}))
+      ->capture_default_str();
   command->add_option("--seed", o->seed, "Equal seeds, equal files")->capture_default_str();
+  command->add_flag("--json", o->json, "Print one JSON object: path, parameters, dtype, seed");
   command->callback([o, &code] { code = init(*o); });
 }
 

@@ -1,7 +1,7 @@
 // troupe inspect: a model on paper — shapes, parameters, bytes per rank, KV cache.
+#include "config/inspect.hpp"
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
-#include "config/inspect.hpp"
 #include "config/presets.hpp"
 
 #include <CLI/CLI.hpp>
@@ -55,7 +55,8 @@ void print_text(const ModelConfig& config, const Inspection& i) {
   const auto& p = i.parameters;
   fmt::print("\nparameters\n");
   fmt::print("  {:<40} {:>20}\n", "total (without MTP modules)", with_commas(p.total));
-  fmt::print("  {:<40} {:>20}\n", "active per token, with embedding and head", with_commas(p.active));
+  fmt::print("  {:<40} {:>20}\n", "active per token, with embedding and head",
+             with_commas(p.active));
   fmt::print("  {:<40} {:>20}\n", "active, without embedding",
              with_commas(p.active_without_embedding));
   fmt::print("  {:<40} {:>20}\n", "active, without embedding and head",
@@ -72,8 +73,8 @@ void print_text(const ModelConfig& config, const Inspection& i) {
     return;
   fmt::print("\nlayout {}: {} ranks, tp {}, weights in {}\n", i.layout->name, i.layout->num_ranks,
              i.layout->tp, name_of(i.format));
-  fmt::print("{:<16} {:>7} {:>7} {:>11} {:>11} {:>11} {:>11} {:>11}\n", "ranks", "experts", "shared",
-             "attention", "experts", "shared", "embed+head", "total");
+  fmt::print("{:<16} {:>7} {:>7} {:>11} {:>11} {:>11} {:>11} {:>11}\n", "ranks", "experts",
+             "shared", "attention", "experts", "shared", "embed+head", "total");
   for (const auto& r : i.ranks)
     fmt::print("{:<16} {:>7} {:>7} {:>11} {:>11} {:>11} {:>11} {:>11}\n", ranks_text(r.ranks),
                r.slots.routed, r.slots.shared, bytes_text(r.bytes.attention),
@@ -85,22 +86,21 @@ void print_json(const ModelConfig& config, const Inspection& i) {
   boost::json::object json;
   json["model_type"] = config.model_type;
   const auto& p = i.parameters;
-  json["parameters"] = {
-    {"total", p.total},
-    {"active", p.active},
-    {"active_without_embedding", p.active_without_embedding},
-    {"active_without_embedding_and_head", p.active_without_embedding_and_head},
-    {"mtp_unique", p.mtp_unique},
-    {"mtp_stored", p.mtp_stored}};
+  json["parameters"] = {{"total", p.total},
+                        {"active", p.active},
+                        {"active_without_embedding", p.active_without_embedding},
+                        {"active_without_embedding_and_head", p.active_without_embedding_and_head},
+                        {"mtp_unique", p.mtp_unique},
+                        {"mtp_stored", p.mtp_stored}};
   json["kv_bytes_per_token"] = i.kv_bytes_per_token;
   json["kv_bytes_per_token_with_mtp"] = i.kv_bytes_per_token_with_mtp;
   json["stored_bytes"] = {{"f32", i.bytes_f32}, {"bf16", i.bytes_bf16}, {"fp8", i.bytes_fp8}};
   boost::json::array tensors;
   for (const auto& row : i.shapes)
-    tensors.push_back(boost::json::object{
-      {"name", row.name},
-      {"shape", boost::json::array(row.shape.begin(), row.shape.end())},
-      {"count", row.count}});
+    tensors.push_back(
+        boost::json::object{{"name", row.name},
+                            {"shape", boost::json::array(row.shape.begin(), row.shape.end())},
+                            {"count", row.count}});
   json["tensors"] = std::move(tensors);
   if (i.layout) {
     boost::json::array ranks;
@@ -152,16 +152,15 @@ int inspect(const InspectOptions& o) {
 void add_inspect(CLI::App& app, int& code) {
   auto o = std::make_shared<InspectOptions>();
   auto* command = app.add_subcommand("inspect", "Shapes, parameters, bytes per rank, KV cache");
-  command
-    ->add_option("MODEL_OR_CONFIG", o->what, "A checkpoint folder, a config.json, or a preset")
-    ->required();
+  command->add_option("MODEL_OR_CONFIG", o->what, "A checkpoint folder, a config.json, or a preset")
+      ->required();
   command->add_option("--layout", o->layout, "joint, A+E (as 2+4), ep32, ep144 or ep320");
-  command->add_option("--ranks", o->ranks, "Ranks of a joint layout")->check(CLI::PositiveNumber);
+  command->add_option("--ranks", o->ranks, "Ranks of a joint layout")->check(CLI::Range(1, 65536));
   command->add_option("--tp", o->tp, "Tensor-parallel ranks per attention group")
-    ->check(CLI::PositiveNumber);
-  command->add_option("--nodes", o->nodes, "Nodes")->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 65536));
+  command->add_option("--nodes", o->nodes, "Nodes")->check(CLI::Range(1, 65536));
   command->add_option("--dtype", o->dtype, "Count bytes as f32, bf16 or fp8 (default: as stored)")
-    ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
+      ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
   command->add_flag("--json", o->json, "Print one JSON object");
   command->callback([o, &code] { code = inspect(*o); });
 }

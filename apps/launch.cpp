@@ -33,7 +33,7 @@ void apply(const ClusterSpec& spec, SessionOptions& o) {
   o.cluster.cluster_token = spec.control.token;
 }
 
-int launch(const std::string& file, SessionOptions options) {
+int launch(const std::string& file, SessionOptions options, bool json) {
   auto spec = load_cluster_spec(file);
   if (!spec)
     return complain(spec.error());
@@ -46,7 +46,7 @@ int launch(const std::string& file, SessionOptions options) {
   if (spec->fabric != "ucx")
     return complain(file + ": fabric: launch runs a process per rank, \"ucx\" expected");
   apply(*spec, options);
-  return run_cluster(options, spec->control.host, static_cast<uint16_t>(spec->control.port));
+  return run_cluster(options, spec->control.host, static_cast<uint16_t>(spec->control.port), json);
 }
 
 } // namespace
@@ -55,14 +55,18 @@ void add_launch(CLI::App& app, int& code) {
   struct Options {
     std::string file;
     SessionOptions session;
+    bool json = false;
   };
   auto o = std::make_shared<Options>();
   auto* command =
-    app.add_subcommand("launch", "Start a cluster and keep it up until Ctrl-C or SIGTERM");
-  command->add_option("CLUSTER", o->file, "Cluster file (textproto); docs/cluster.md lists its fields")
-    ->required();
+      app.add_subcommand("launch", "Start a cluster and keep it up until Ctrl-C or SIGTERM");
+  command
+      ->add_option("CLUSTER", o->file, "Cluster file (textproto); docs/cluster.md lists its fields")
+      ->required();
   command->add_option("--trace", o->session.trace, "Write a trace per rank: PREFIX.RANK.json");
-  command->callback([o, &code] { code = launch(o->file, o->session); });
+  command->add_flag("--json", o->json,
+                    "Say where to attach as one JSON object: attach, token, ranks, model");
+  command->callback([o, &code] { code = launch(o->file, o->session, o->json); });
 }
 
 } // namespace troupe

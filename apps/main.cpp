@@ -1,16 +1,18 @@
 // troupe: trains and serves DeepSeek-V3-class models as a cluster of actors.
 #include "apps/commands.hpp"
-#include "apps/session.hpp"
+#include "apps/console.hpp"
 
 #include "actors/rank.hpp"
 
 #include <CLI/CLI.hpp>
 
+#include <csignal>
 #include <cstdio>
-#include <cstdlib>
+#include <exception>
+#include <new>
+#include <string>
 
 int main(int argc, char** argv) {
-  troupe::set_transport_defaults();
   CLI::App app{"Runs DeepSeek-V3-class models on a cluster of actors.\n"
                "`troupe COMMAND --help` tells about a command.",
                "troupe"};
@@ -24,13 +26,24 @@ int main(int argc, char** argv) {
   troupe::add_inspect(app, code);
   troupe::add_init(app, code);
   troupe::add_launch(app, code);
+  if (argc > 1 && argv[1][0] != '-' &&
+      app.get_subcommands([&](const CLI::App* c) { return c->get_name() == argv[1]; }).empty()) {
+    std::fprintf(stderr, "troupe: error: \"%s\" is no command; `troupe --help` lists them\n",
+                 argv[1]);
+    return 2;
+  }
+  std::signal(SIGPIPE, SIG_IGN); // a closed pipe is a failed write, which is told
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) // --help, --version
-      return app.exit(error);
+      return troupe::after_output(app.exit(error));
     std::fprintf(stderr, "troupe: error: %s\n", error.what());
     return 2;
+  } catch (const std::bad_alloc&) {
+    return troupe::complain("out of memory");
+  } catch (const std::exception& error) { // no thread, no file: what the system refuses
+    return troupe::complain(error.what());
   }
-  return code;
+  return troupe::after_output(code);
 }

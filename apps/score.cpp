@@ -22,12 +22,13 @@ struct ScoreOptions {
   SessionOptions session;
   std::string file, text, tokens;
   std::string logits_file;
+  bool has_tokens = false;
   bool hidden_states = false;
   bool json = false;
 };
 
 caf::expected<std::vector<int32_t>> text_ids(const ScoreOptions& o) {
-  if (!o.tokens.empty())
+  if (o.has_tokens)
     return parse_ids(o.tokens);
   auto tokenizer = Tokenizer::load(o.session.cluster.model);
   if (!tokenizer)
@@ -49,14 +50,13 @@ caf::expected<std::vector<int32_t>> text_ids(const ScoreOptions& o) {
 
 // Writes rows of several tensors to one file as they come.
 class RowsFile {
- public:
+public:
   static caf::expected<std::unique_ptr<RowsFile>> create(const ScoreOptions& o, int64_t num_rows) {
     auto config = load_model_config(o.session.cluster.model);
     if (!config)
       return config.error();
     auto file = std::make_unique<RowsFile>();
-    std::vector<TensorDeclaration> tensors{
-      {"logits", DType::f32, {num_rows, config->vocab_size}}};
+    std::vector<TensorDeclaration> tensors{{"logits", DType::f32, {num_rows, config->vocab_size}}};
     for (int64_t l = 0; o.hidden_states && l <= config->num_hidden_layers; ++l)
       tensors.push_back({fmt::format("hidden.{}", l), DType::f32, {num_rows, config->hidden_size}});
     auto writer = SafetensorsWriter::create(o.logits_file, tensors);
@@ -77,7 +77,7 @@ class RowsFile {
   }
   caf::error finish() { return error_ ? error_ : writer_->finish(); }
 
- private:
+private:
   std::unique_ptr<SafetensorsWriter> writer_;
   std::map<std::string, int64_t> places_;
   caf::error error_;
@@ -145,10 +145,13 @@ int run(const ScoreOptions& o, const RequestSpec& spec, ClusterClient& client) {
 
 int score(ScoreOptions& o) {
   if (o.hidden_states && o.logits_file.empty())
-    return complain("hidden-states: needs --logits OUT, the file they are written to");
+    return wrong_usage("hidden-states: needs --logits OUT, the file they are written to");
   auto ids = text_ids(o);
   if (!ids)
-    return complain(ids.error());
+    return o.has_tokens ? wrong_usage(ids.error()) : complain(ids.error());
+  if (!o.logits_file.empty())
+    if (auto error = check_writable(o.logits_file))
+      return complain(error);
   RequestSpec spec;
   spec.prompt = std::move(*ids);
   spec.prompt_logprobs = true;
@@ -164,11 +167,11 @@ void add_score(CLI::App& app, int& code) {
   auto o = std::make_shared<ScoreOptions>();
   auto* command = app.add_subcommand("score", "Log-probability of each token, and perplexity");
   command->add_option("MODEL", o->session.cluster.model, "Folder of a Hugging Face checkpoint")
-    ->required();
+      ->required();
   auto* input = command->add_option_group("Text", "one of");
   input->add_option("--file,-f", o->file, "File with the text; - is standard input");
   input->add_option("--text", o->text, "The text itself");
-  input->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
+  auto* tokens = input->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
   input->require_option(1);
   command->add_option("--logits", o->logits_file,
                       "Write raw logits [tokens, vocab], F32, to this safetensors file");
@@ -177,7 +180,10 @@ void add_score(CLI::App& app, int& code) {
                     "final norm");
   command->add_flag("--json", o->json, "Print one JSON object");
   add_cluster_options(*command, o->session);
-  command->callback([o, &code] { code = score(*o); });
+  command->callback([o, tokens, &code] {
+    o->has_tokens = tokens->count() > 0;
+    code = score(*o);
+  });
 }
 
 } // namespace troupe

@@ -9,13 +9,17 @@
 #include "config/cluster_spec.hpp"
 
 #include <CLI/CLI.hpp>
+#include <boost/json.hpp>
 #include <fmt/format.h>
 
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <limits>
 #include <optional>
 #include <thread>
 
@@ -41,15 +45,50 @@ std::string random_token() {
   return token;
 }
 
+// Memory this process and its children may still take: the machine's, its control group's, its own.
+int64_t available_memory() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  std::ifstream meminfo{"/proc/meminfo"};
+  for (std::string name, rest; meminfo >> name; std::getline(meminfo, rest))
+    if (int64_t kib = 0; name == "MemAvailable:" && meminfo >> kib)
+      available = kib * 1024;
+  std::ifstream most{"/sys/fs/cgroup/memory.max"}, now{"/sys/fs/cgroup/memory.current"};
+  if (int64_t limit = 0, used = 0; most >> limit && now >> used)
+    available = std::min(available, std::max<int64_t>(limit - used, 0));
+  rlimit address_space{};
+  if (getrlimit(RLIMIT_AS, &address_space) == 0 && address_space.rlim_cur != RLIM_INFINITY)
+    available = std::min(available, static_cast<int64_t>(address_space.rlim_cur));
+  return available;
+}
+
+// The cache's pages are mapped at once but taken as they fill; what can never fit is refused here
+// rather than killed later. In floating point, because kv_tokens may be anything.
+caf::error check_cache_fits(const SessionOptions& o, const ModelConfig& config, int64_t modules,
+                            DType dtype, int32_t local_ranks) {
+  const auto layers = static_cast<double>(config.num_hidden_layers + modules);
+  const auto row = static_cast<double>(config.kv_lora_rank + config.qk_rope_head_dim);
+  const auto bytes = static_cast<double>(o.cluster.limits.kv_tokens) * layers * row *
+                     static_cast<double>(size_of(dtype)) * local_ranks;
+  const auto available = available_memory();
+  if (bytes <= static_cast<double>(available))
+    return {};
+  return make_error(Errc::out_of_memory,
+                    fmt::format("kv-tokens: a cache of {} positions takes {} on {} attention "
+                                "rank(s) of this host, {} of memory are available",
+                                with_commas(o.cluster.limits.kv_tokens),
+                                bytes_text(static_cast<int64_t>(std::min(bytes, 9e18))),
+                                local_ranks, bytes_text(available)));
+}
+
 // Everything that can be wrong is found here, once, before any process starts.
 caf::error resolve(SessionOptions& o) {
   if (o.ranks < 0)
     return make_error(Errc::invalid_argument,
                       fmt::format("ranks: {} given, at least 1 expected", o.ranks));
   if (o.dispatch != "direct" && o.dispatch != "two-hop")
-    return make_error(Errc::invalid_argument,
-                      fmt::format("dispatch: \"{}\" given, expected \"direct\" or \"two-hop\"",
-                                  o.dispatch));
+    return make_error(
+        Errc::invalid_argument,
+        fmt::format("dispatch: \"{}\" given, expected \"direct\" or \"two-hop\"", o.dispatch));
   const auto seed = o.cluster.shape.placement_seed;
   auto shape = parse_shape(o.layout, o.ranks, o.tp, o.nodes);
   if (!shape)
@@ -73,10 +112,22 @@ caf::error resolve(SessionOptions& o) {
   if (!find_backend(o.cluster.backend))
     return make_error(Errc::invalid_argument,
                       fmt::format("backend: \"{}\" is not available here", o.cluster.backend));
-  auto view = first_view((*checkpoint)->config(), o.cluster.shape, modules);
+  const auto& config = (*checkpoint)->config();
+  auto view = first_view(config, o.cluster.shape, modules);
   if (!view)
     return view.error();
-  return {};
+  auto& kv_tokens = o.cluster.limits.kv_tokens;
+  if (kv_tokens == 0) {
+    kv_tokens = std::max<int64_t>(o.context + kPageTokens, 4096);
+    if (config.max_position_embeddings > 0) // no position lies beyond
+      kv_tokens = std::min(kv_tokens, config.max_position_embeddings + kPageTokens);
+  }
+  const auto& chosen = o.cluster.shape;
+  if (o.cluster.local_ranks == 0)
+    o.cluster.local_ranks = chosen.num_ranks;
+  const int32_t holders = chosen.joint ? chosen.num_ranks : chosen.attention_ranks;
+  return check_cache_fits(o, config, modules, arithmetic->activations,
+                          std::min(holders, o.cluster.local_ranks));
 }
 
 int run_client(const std::string& seed, const std::string& token,
@@ -93,10 +144,11 @@ int run_client(const std::string& seed, const std::string& token,
   auto info = (*client)->info(kClusterTimeout);
   if (!info)
     return complain(info.error());
-  return body(**client);
+  return after_output(body(**client));
 }
 
-// The client under an agent: waits for the seed, ends when the agent does.
+// The client under an agent: waits for the seed, ends when the agent does. What it complains about
+// goes to the agent.
 int client_main(AgentChannel& agent, const std::string& token,
                 const std::function<int(ClusterClient&)>& body) {
   std::optional<std::string> seed;
@@ -107,6 +159,9 @@ int client_main(AgentChannel& agent, const std::string& token,
     if (line->starts_with("seed "))
       seed = line->substr(5);
   }
+  divert_complaints([&agent](const caf::error& error) {
+    agent.say((code_of(error) == Errc::peer_lost ? "lost " : "failed ") + text_of(error));
+  });
   std::thread{[&agent] {
     while (agent.hear()) {
     }
@@ -147,7 +202,7 @@ int run_launched(const LauncherTask& task, SessionOptions o,
     return complain(endpoint.error());
   const auto token = environment("TROUPE_TOKEN");
   o.cluster.cluster_token = token.empty() ? task.launcher + task.job : token;
-  o.cluster.local_ranks = task.local_ranks;
+
   auto process = process_options(o);
   process.control_host = endpoint->host;
   process.control_port = endpoint->port;
@@ -175,109 +230,118 @@ int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&
     auto spec = load_cluster_spec(o.attach);
     if (!spec)
       return complain(spec.error());
+    if (spec->control.port == 0)
+      return wrong_usage(o.attach +
+                         ": control.port: not fixed; attach to the HOST:PORT that launch printed");
     address = fmt::format("{}:{}", spec->control.host, spec->control.port);
     if (token.empty())
       token = spec->control.token;
+  } else if (auto endpoint = parse_endpoint(address); !endpoint) {
+    return wrong_usage("attach: " + text_of(endpoint.error()) + " or a cluster file");
   }
   return run_client(address, token, body);
 }
 
 } // namespace
 
-void set_transport_defaults() {
-  for (const auto& [name, value] :
-       {std::pair{"UCX_TLS", "tcp,self"}, {"UCX_LOG_LEVEL", "error"},
-        {"UCX_HANDLE_ERRORS", "none"}, {"UCX_WARN_UNUSED_ENV_VARS", "n"},
-        {"UCX_TCP_KEEPIDLE", "1s"}, {"UCX_TCP_KEEPINTVL", "1s"}, {"UCX_TCP_KEEPCNT", "3"},
-        {"UCX_RNDV_THRESH", "256K"}})
-    setenv(name, value, 0);
-}
-
 void add_cluster_options(CLI::App& command, SessionOptions& o) {
   const char* group = "Cluster";
   command.add_option("--ranks", o.ranks, "Number of ranks (default 1)")
-    ->check(CLI::PositiveNumber)
-    ->group(group);
-  command.add_option("--layout", o.layout,
-                     "joint: every rank does attention and experts; A+E: the first A ranks do "
-                     "attention, E others host experts")
-    ->capture_default_str()
-    ->group(group);
+      ->check(CLI::Range(1, 65536))
+      ->group(group);
+  command
+      .add_option("--layout", o.layout,
+                  "joint: every rank does attention and experts; A+E: the first A ranks do "
+                  "attention, E others host experts")
+      ->capture_default_str()
+      ->group(group);
   command.add_option("--tp", o.tp, "Tensor-parallel ranks of an attention group")
-    ->check(CLI::PositiveNumber)
-    ->capture_default_str()
-    ->group(group);
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str()
+      ->group(group);
   command.add_option("--nodes", o.nodes, "How many nodes the ranks count as")
-    ->check(CLI::PositiveNumber)
-    ->capture_default_str()
-    ->group(group);
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str()
+      ->group(group);
   command.add_option("--dispatch", o.dispatch, "How tokens reach experts: direct or two-hop")
-    ->check(CLI::IsMember({"direct", "two-hop"}))
-    ->capture_default_str()
-    ->group(group);
-  command.add_option("--fabric", o.fabric,
-                     "ucx: a process per rank; loopback: all ranks in this process")
-    ->check(CLI::IsMember({"ucx", "loopback"}))
-    ->capture_default_str()
-    ->group(group);
-  command.add_option("--placement-seed", o.cluster.shape.placement_seed,
-                     "Random placement of experts; 0: by gate group")
-    ->capture_default_str()
-    ->group(group);
-  command.add_option("--threads", o.cluster.num_threads,
-                     "Compute threads of a rank (default: cores / local ranks)")
-    ->check(CLI::PositiveNumber)
-    ->group(group);
-  command.add_option("--attach", o.attach,
-                     "Use the running cluster at HOST:PORT or of a cluster file")
-    ->group(group);
-  command.add_option("--token", o.token,
-                     "Token of the cluster attached to (or environment TROUPE_TOKEN)")
-    ->group(group);
+      ->check(CLI::IsMember({"direct", "two-hop"}))
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--fabric", o.fabric,
+                  "ucx: a process per rank; loopback: all ranks in this process")
+      ->check(CLI::IsMember({"ucx", "loopback"}))
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--placement-seed", o.cluster.shape.placement_seed,
+                  "Random placement of experts; 0: by gate group")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--threads", o.cluster.num_threads,
+                  "Compute threads of a rank (default: cores / local ranks)")
+      ->check(CLI::Range(1, 1024))
+      ->group(group);
+  command
+      .add_option("--attach", o.attach, "Use the running cluster at HOST:PORT or of a cluster file")
+      ->group(group);
+  command
+      .add_option("--token", o.token,
+                  "Token of the cluster attached to (or environment TROUPE_TOKEN)")
+      ->group(group);
   command.add_option("--join-timeout", o.join_timeout_s, "Seconds to wait for all ranks")
-    ->check(CLI::PositiveNumber)
-    ->capture_default_str()
-    ->group(group);
-  command.add_option("--trace", o.trace, "Write a Chrome/Perfetto trace per rank: PREFIX.RANK.json")
-    ->group(group);
+      ->check(CLI::Range(1, 86400))
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--trace", o.trace, "Write a Chrome/Perfetto trace per rank: PREFIX.RANK.json")
+      ->group(group);
 
   const char* arithmetic = "Arithmetic and memory";
-  command.add_option("--compute", o.compute, "Activations in f32 or bf16 (default: bf16, or f32 "
-                                             "for a checkpoint stored in F32)")
-    ->check(CLI::IsMember({"f32", "bf16"}))
-    ->group(arithmetic);
-  command.add_option("--fp8", o.fp8, "weights: FP8 weights, full activations; activations: both "
-                                     "(W8A8)")
-    ->check(CLI::IsMember({"weights", "activations"}))
-    ->group(arithmetic);
-  command.add_option("--backend", o.cluster.backend,
-                     "Kernels: simd (the fastest here), reference, avx2, avx512, avx512_bf16")
-    ->capture_default_str()
-    ->group(arithmetic);
-  command.add_option("--prefill-chunk", o.cluster.limits.prefill_chunk,
-                     "Prompt tokens of one step (default 512)")
-    ->check(CLI::PositiveNumber)
-    ->group(arithmetic);
+  command
+      .add_option("--compute", o.compute,
+                  "Activations in f32 or bf16 (default: bf16, or f32 "
+                  "for a checkpoint stored in F32)")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->group(arithmetic);
+  command
+      .add_option("--fp8", o.fp8,
+                  "weights: FP8 weights, full activations; activations: both "
+                  "(W8A8)")
+      ->check(CLI::IsMember({"weights", "activations"}))
+      ->group(arithmetic);
+  command
+      .add_option("--backend", o.cluster.backend,
+                  "Kernels: simd (the fastest here), reference, avx2, avx512, avx512_bf16")
+      ->capture_default_str()
+      ->group(arithmetic);
+  command
+      .add_option("--prefill-chunk", o.cluster.limits.prefill_chunk,
+                  "Prompt tokens of one step (default 512)")
+      ->check(CLI::Range(1, 65536))
+      ->group(arithmetic);
   command.add_option("--batch", o.cluster.limits.batch, "Requests of one step (default 16)")
-    ->check(CLI::PositiveNumber)
-    ->group(arithmetic);
-  command.add_option("--kv-tokens", o.cluster.limits.kv_tokens,
-                     "Positions the KV cache has room for (default: what is needed, at least "
-                     "4096)")
-    ->check(CLI::PositiveNumber)
-    ->group(arithmetic);
+      ->check(CLI::Range(1, 4096))
+      ->group(arithmetic);
+  command
+      .add_option("--kv-tokens", o.cluster.limits.kv_tokens,
+                  "Positions the KV cache has room for (default: what is needed, at least "
+                  "4096)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->group(arithmetic);
 }
 
 void need_context(SessionOptions& o, int64_t tokens, int32_t speculate) {
-  if (o.cluster.limits.kv_tokens == 0)
-    o.cluster.limits.kv_tokens = std::max<int64_t>(tokens + kPageTokens, 4096);
+  o.context = tokens;
   o.cluster.limits.max_speculate = std::max<int64_t>(o.cluster.limits.max_speculate, speculate);
 }
 
 int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& body) {
   if (!o.attach.empty())
     return run_attached(o, body);
-  const auto task = detect_launcher(environment);
+  const auto task = o.fabric == "loopback" ? std::nullopt : detect_launcher(environment);
+  o.cluster.local_ranks = task ? task->local_ranks : 0;
   if (task) {
     if (o.ranks != 0 && o.ranks != task->num_ranks)
       return complain(fmt::format("ranks: {} given, but {} started {} tasks", o.ranks,
@@ -290,7 +354,6 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
   if (task && o.cluster.shape.num_ranks != task->num_ranks)
     return complain(fmt::format("layout: \"{}\" has {} ranks, but {} started {} tasks", o.layout,
                                 o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
-  o.cluster.local_ranks = o.cluster.shape.num_ranks;
   o.cluster.cluster_token = random_token();
   if (o.fabric == "loopback") {
     auto cluster = InProcessCluster::start(o.cluster);
@@ -311,10 +374,11 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
   return run_agent(agent);
 }
 
-int run_cluster(SessionOptions o, const std::string& control_host, uint16_t control_port) {
+int run_cluster(SessionOptions o, const std::string& control_host, uint16_t control_port,
+                bool json) {
+  o.cluster.local_ranks = 0;
   if (auto error = resolve(o))
     return complain(error);
-  o.cluster.local_ranks = o.cluster.shape.num_ranks;
   if (o.cluster.cluster_token.empty())
     o.cluster.cluster_token = environment("TROUPE_TOKEN");
   const bool made_token = o.cluster.cluster_token.empty();
@@ -327,7 +391,18 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
   for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
     agent.ranks.push_back(RankId{r});
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
-  agent.on_ready = [&](const std::string& seed) {
+  agent.on_ready = [&](const std::string& port) {
+    // The seed is where the ranks of this host meet: its port, but maybe not the address bound.
+    const auto seed = control_host + port.substr(port.rfind(':'));
+    if (json) {
+      boost::json::object ready{
+          {"attach", seed}, {"ranks", agent.ranks.size()}, {"model", o.cluster.model}};
+      if (made_token)
+        ready["token"] = o.cluster.cluster_token;
+      fmt::print("{}\n", boost::json::serialize(ready));
+      std::fflush(stdout);
+      return;
+    }
     fmt::print("{} ranks serve {}. Attach with:\n  troupe generate MODEL --attach {}{} --prompt …\n"
                "Ctrl-C stops the cluster.\n",
                agent.ranks.size(), o.cluster.model, seed,

@@ -27,12 +27,13 @@ struct SessionOptions {
   std::string token;  // of the cluster attached to
   std::string trace;
   int32_t join_timeout_s = 60;
+  int64_t context = 0; // positions the command needs; for the default of kv_tokens
 };
 
 // Adds the options that every command with a cluster shares.
 void add_cluster_options(CLI::App& command, SessionOptions& options);
 
-// Raises limits to what the command needs, so that defaults fit: context and drafts.
+// Tells what the command needs, so that defaults fit: context and drafts.
 void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 
 // Runs `body` with a client of the cluster, and ends the cluster if it was started here. Returns
@@ -41,11 +42,8 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 [[nodiscard]] int with_cluster(SessionOptions options,
                                const std::function<int(ClusterClient&)>& body);
 
-// Starts a cluster and keeps it up until told to stop; for `launch`.
+// Starts a cluster, prints where to attach, and keeps it up until told to stop; for `launch`.
 [[nodiscard]] int run_cluster(SessionOptions options, const std::string& control_host,
-                              uint16_t control_port);
-
-// UCX reads its settings when it is first used; must run before any thread starts.
-void set_transport_defaults();
+                              uint16_t control_port, bool json);
 
 } // namespace troupe

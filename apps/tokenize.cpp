@@ -42,7 +42,7 @@ int tokenize(const TokenizeOptions& o) {
   if (!o.decode.empty()) {
     auto ids = parse_ids(o.decode);
     if (!ids)
-      return complain(with_context("decode", ids.error()));
+      return wrong_usage(with_context("decode", ids.error()));
     auto text = (*tokenizer)->decode(*ids, false);
     if (!text)
       return complain(text.error());
@@ -68,15 +68,17 @@ int tokenize(const TokenizeOptions& o) {
 void add_tokenize(CLI::App& app, int& code) {
   auto o = std::make_shared<TokenizeOptions>();
   auto* command = app.add_subcommand("tokenize", "Text to token ids, or ids to text");
-  command->add_option("MODEL", o->model, "Folder with tokenizer.json or tiktoken.model")->required();
+  command->add_option("MODEL", o->model, "Folder with tokenizer.json or tiktoken.model")
+      ->required();
   auto* input = command->add_option_group("Input", "one of");
   input->add_option("--text,-t", o->text, "Text to encode; no start token is added");
   input->add_option("--file,-f", o->file, "File with the text; - is standard input");
   input->add_option("--decode,-d", o->decode, "Ids to decode: 5,7,9");
   input->require_option(1);
-  command->add_flag("!--no-special", o->special,
-                    "Special tokens written in the text are ordinary text")
-    ->default_val(true);
+  command
+      ->add_flag("!--no-special", o->special,
+                 "Special tokens written in the text are ordinary text")
+      ->default_val(true);
   command->add_flag("--json", o->json, "Print one JSON object: tokens, text");
   command->callback([o, &code] { code = tokenize(*o); });
 }
