@@ -306,7 +306,7 @@ void Running::died(Child& c, int status) {
   }
   const int code = client && WIFEXITED(status) ? WEXITSTATUS(status) : 1;
   if (c.failure.empty()) {
-    if (!stopping_ || WIFSIGNALED(status))
+    if (!stopping_ || (WIFSIGNALED(status) && !client)) // the client was told to stop by SIGTERM
       blame(Blame::failed,
             client ? "the client " + describe_exit(status)
                    : fmt::format("rank {} was lost: it {}", c.rank.value, describe_exit(status)),

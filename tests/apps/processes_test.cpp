@@ -1,0 +1,157 @@
+// Whoever dies, whenever: the run ends with one message that names the cause, a non-zero exit code,
+// and nobody left behind.
+#include "run_program.hpp"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+
+namespace troupe::test {
+
+namespace {
+
+using std::chrono::milliseconds;
+
+std::vector<std::string> long_run(const Scratch& s) {
+  return {"generate", s.model,        "--tokens",       "5", "--max-tokens", "4000", "--ranks", "3",
+          "-q",       "--ignore-eos", "--join-timeout", "10"};
+}
+
+// Waits until the run writes its answer, and a little longer.
+bool get_going(Program& p, size_t children, milliseconds then) {
+  if (!p.await_output(",", std::chrono::seconds{20}) || p.children().size() != children)
+    return false;
+  usleep(static_cast<useconds_t>(then.count()) * 1000);
+  return true;
+}
+
+size_t lines(const std::string& text) {
+  return static_cast<size_t>(std::count(text.begin(), text.end(), '\n'));
+}
+
+} // namespace
+
+TEST_CASE("a killed rank ends the run, named once") {
+  const Scratch s;
+  for (const size_t victim : {0U, 2U}) {
+    Program p{long_run(s)};
+    REQUIRE(get_going(p, 4, milliseconds{50}));
+    kill(p.children()[victim], SIGKILL);
+    const auto o = p.finish();
+    CHECK(o.code == 1);
+    CHECK(o.err == "troupe: error: rank " + std::to_string(victim) +
+                       " was lost: it was killed by signal 9 (Killed)\n");
+    CHECK(o.left_behind == 0);
+  }
+}
+
+TEST_CASE("a rank killed while the cluster forms ends it at once") {
+  const Scratch s;
+  Program p{long_run(s)};
+  while (p.children().size() < 2)
+    usleep(1000);
+  kill(p.children()[1], SIGKILL);
+  const auto start = Program::Clock::now();
+  const auto o = p.finish();
+  CHECK(o.code == 1);
+  CHECK(o.err == "troupe: error: rank 1 was lost: it was killed by signal 9 (Killed)\n");
+  CHECK(o.left_behind == 0);
+  CHECK(Program::Clock::now() - start < std::chrono::seconds{4});
+}
+
+TEST_CASE("a stopped rank is missed by its peers and named") {
+  const Scratch s;
+  Program p{long_run(s)};
+  REQUIRE(get_going(p, 4, milliseconds{50}));
+  kill(p.children()[1], SIGSTOP);
+  const auto o = p.finish();
+  CHECK(o.code == 1);
+  CHECK(lines(o.err) == 1);
+  CHECK(o.err.find("rank 1 was lost") != std::string::npos);
+  CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("nobody outlives the agent, and a killed client ends the ranks") {
+  const Scratch s;
+  {
+    Program p{long_run(s)};
+    REQUIRE(get_going(p, 4, milliseconds{10}));
+    kill(p.pid(), SIGKILL);
+    const auto o = p.finish();
+    CHECK(o.code == 128 + SIGKILL);
+    CHECK(o.left_behind == 0);
+  }
+  Program p{long_run(s)};
+  REQUIRE(get_going(p, 4, milliseconds{10}));
+  kill(p.children()[3], SIGKILL);
+  const auto o = p.finish();
+  CHECK(o.code == 1);
+  CHECK(o.err == "troupe: error: the client was killed by signal 9 (Killed)\n");
+  CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("a signal to the whole group ends the run with 128 + n and no words") {
+  const Scratch s;
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+    CAPTURE(signal);
+    Program p{long_run(s)};
+    REQUIRE(get_going(p, 4, milliseconds{10}));
+    p.signal_all(signal);
+    const auto o = p.finish();
+    CHECK(o.code == 128 + signal);
+    CHECK(o.err.empty());
+    CHECK(o.left_behind == 0);
+  }
+}
+
+TEST_CASE("a launched cluster serves clients with its token until it is told to stop") {
+  const Scratch s;
+  std::ofstream{s.path("c.textproto")} << "model: \"model\" ranks: 2 "
+                                          "control { token: \"correct horse\" }";
+  Program cluster{{"launch", s.path("c.textproto"), "--json"}};
+  REQUIRE(cluster.await_output("\n", std::chrono::seconds{20}));
+  auto address = cluster.output();
+  address = address.substr(address.find("127.0.0.1:"));
+  address = address.substr(0, address.find('"'));
+  const auto client = [&](const std::string& token) {
+    return TROUPE_PROGRAM " generate " + s.model + " --tokens 5,7 -n 3 -q --attach " + address +
+           " --token '" + token + "'";
+  };
+  // Clients are children of a shell of their own, so that the cluster is not taken for an orphan.
+  const auto shell = [](const std::string& command) { return system(command.c_str()); };
+  CHECK(shell(client("correct horse") + " >" + s.path("a") + " & " + client("correct horse") +
+              " >" + s.path("b") + " && wait && cmp " + s.path("a") + " " + s.path("b")) == 0);
+  CHECK(shell(client("battery staple") + " 2>" + s.path("e")) != 0);
+  std::ifstream refused{s.path("e")};
+  std::string line;
+  std::getline(refused, line);
+  CHECK(line.find("token") != std::string::npos);
+  kill(cluster.pid(), SIGTERM);
+  const auto o = cluster.finish();
+  CHECK(o.code == 128 + SIGTERM);
+  CHECK(o.err.empty());
+  CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("launcher variables make ranks of separate tasks, and they end together") {
+  const Scratch s;
+  const std::string tasks =
+      "for i in 0 1 2; do RANK=$i WORLD_SIZE=3 LOCAL_RANK=$i LOCAL_WORLD_SIZE=3 "
+      "MASTER_ADDR=127.0.0.1 MASTER_PORT=29471 " TROUPE_PROGRAM
+      " generate $M --tokens 5,7 -n 3 -q $([ $i = 1 ] && echo $EXTRA) & "
+      "pids=\"$pids $!\"; done; for p in $pids; do wait $p; echo rc=$?; done";
+  const auto run_tasks = [&](const std::string& extra) {
+    return Program{{"-c", "M=" + s.model + " EXTRA='" + extra + "'; " + tasks}, {}, "bash"}
+        .finish();
+  };
+  const auto good = run_tasks("");
+  CHECK(good.out.find("rc=0\nrc=0\nrc=0\n") != std::string::npos);
+  CHECK(good.err.empty());
+  CHECK(good.left_behind == 0);
+  const auto bad = run_tasks("--compute bf16");
+  CHECK(bad.out == "rc=1\nrc=1\nrc=1\n");
+  CHECK(bad.err.find("ranks disagree about the arithmetic") != std::string::npos);
+  CHECK(bad.left_behind == 0);
+}
+
+} // namespace troupe::test
