@@ -18,9 +18,11 @@ using namespace std::chrono_literals;
 constexpr Nanoseconds kCreditDelay = 20ms;
 // How often an arrival looks for room in a full pool.
 constexpr Nanoseconds kRetryPeriod = 1ms;
-// What is left of the time given is spent on peers that answer; a hanging one gets no more than
-// this.
-constexpr Nanoseconds kFlushTimeout = 200ms;
+// A peer that hangs while it connects, or never connects back, is waited for no longer than this.
+constexpr Nanoseconds kSettleTimeout = 200ms;
+// What UCX's side of a handshake takes, generously.
+constexpr Nanoseconds kHandshakeTime = 50ms;
+// Forced closes complete at once or, when UCX lost track of a request, never.
 constexpr Nanoseconds kCloseTimeout = 500ms;
 // Events taken before commands and timers get their turn again.
 constexpr int kEventsPerStep = 64;
@@ -198,9 +200,18 @@ void UcxChannel::execute(ConnectCommand& command) {
     return;
   }
   auto& peer = peer_of(command.link->peer);
+  if (peer.origin.known && !peer.origin.heard &&
+      peer.origin.incarnation ==
+          command.link->incarnation) { // it was quicker to go than we to come
+    FabricBase::leave_connected(*command.link, Link::State::left);
+    command.done->set_value(
+        make_error(Errc::peer_lost, fmt::format("rank {} has left", peer.rank.value)));
+    return;
+  }
   close_endpoint(peer); // of an earlier incarnation
   peer.link = command.link;
   peer.awaits_goodbye = false;
+  peer.settled = false;
   peer.silence = {};
   credit_due_ = credit_due_ || peer.uncredited > 0; // it sent before we could answer
   auto error = open_endpoint(peer, command.address);
@@ -208,6 +219,8 @@ void UcxChannel::execute(ConnectCommand& command) {
     FabricBase::leave_connected(*peer.link, Link::State::lost);
   else
     send(peer, fabric_.hello_header(peer.rank), fabric_.token().data(), {});
+  if (peer.endpoint && peer.met == peer.link->incarnation)
+    ask(peer);
   command.done->set_value(std::move(error));
 }
 
@@ -288,78 +301,54 @@ void UcxChannel::run_timers() {
 
 // ── the end ──
 
-// UCX 1.13 has three traps here, each an assertion that ends a process:
+// UCX 1.13 has four traps here, each an assertion that ends a process:
 //
-// 1. A worker is destroyed while it answers a peer's handshake. A flush waits for such answers.
-// 2. A worker is destroyed with a rendezvous under way. Closing its endpoint by force ends it.
-// 3. An endpoint is closed and the peer's handshake for it comes afterwards: a new endpoint would
-//    answer, and the peer fails on that. So only those are closed whose peer's hello came.
+// 1. An endpoint ends while its answer to the peer's handshake is still queued. So we wait for the
+//    answer to a question that was asked after the peer's hello came: the queue is in order.
+// 2. An endpoint is closed, and the peer's handshake for it comes afterwards: a new endpoint would
+//    answer, and the peer fails on that. The same wait covers it.
+// 3. A worker is destroyed with a rendezvous under way. Closing its endpoint by force ends it.
+// 4. Over TCP a flush is a PUT, whose acknowledgement must not come from a peer that has just
+// closed.
+//    So nothing here flushes: that all arrived is known from the answer to GOODBYE.
 //
-// Where time runs out before all that is done (a peer hung while it connected), the worker is
-// abandoned: it lives, undriven, to the end of the process.
+// Where a rendezvous does not end in time, the worker is abandoned: it lives, undriven, to the end
+// of the process.
 void UcxChannel::advance_phase() {
   if (phase_ == Phase::running || phase_ == Phase::done)
     return;
   const bool late = clock_.now() >= phase_ends_;
   const auto answered = [](const auto& entry) { return !entry.second->awaits_goodbye; };
   const bool quiet = closes_in_flight_ == 0 && sends_in_flight_ == 0 && fetches_.empty();
-  switch (phase_) {
-  case Phase::leaving:
+  if (phase_ == Phase::leaving) {
     if (late || (sends_in_flight_ == 0 && std::ranges::all_of(peers_, answered)))
       stop_listening();
-    return;
-  case Phase::flushing:
-    if (late || (flushed_ && met_all()))
+  } else if (phase_ == Phase::settling) {
+    if (late || settled())
       start_closing();
-    return;
-  case Phase::closing:
-    if (!quiet && !late)
-      return;
+  } else if (quiet || late) {
     abandoned_ = !quiet;
-    phase_ = Phase::settling;
-    phase_ends_ = clock_.now() + kFlushTimeout;
-    return start_flush();
-  case Phase::settling:
-    if (!flushed_ && !late)
-      return;
-    abandoned_ = abandoned_ || !flushed_;
     phase_ = Phase::done;
-    return;
-  case Phase::running:
-  case Phase::done:
-    return;
   }
 }
 
 void UcxChannel::stop_listening() {
-  phase_ = Phase::flushing;
-  phase_ends_ = clock_.now() + kFlushTimeout;
+  phase_ = Phase::settling;
+  phase_ends_ = clock_.now() + kSettleTimeout;
   for (auto& [rank, peer] : peers_) {
     if (peer->link) // its requests may fail from here on, which is no loss
       FabricBase::leave_connected(*peer->link, Link::State::left);
     peer->origin.heard = false;
     drop_arrivals(*peer);
   }
-  start_flush();
 }
 
-void UcxChannel::start_flush() {
-  flushed_ = false;
-  ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.send = [](void* request, ucs_status_t, void* channel) {
-    static_cast<UcxChannel*>(channel)->flushed_ = true;
-    ucp_request_free(request);
-  };
-  param.user_data = this;
-  if (const auto request = ucp_worker_flush_nbx(worker_, &param); !UCS_PTR_IS_PTR(request))
-    flushed_ = true;
-}
-
-bool UcxChannel::met_all() const {
-  return std::ranges::all_of(peers_, [](const auto& entry) {
+bool UcxChannel::settled() const {
+  const auto now = clock_.now();
+  return std::ranges::all_of(peers_, [&](const auto& entry) {
     const auto& peer = *entry.second;
-    return !peer.endpoint || peer.met == peer.link->incarnation;
+    // Without an endpoint of ours nothing can be asked; UCX answered with one of its own.
+    return peer.endpoint ? peer.settled : !peer.met || now - peer.met_at >= kHandshakeTime;
   });
 }
 
@@ -367,8 +356,7 @@ void UcxChannel::start_closing() {
   phase_ = Phase::closing;
   phase_ends_ = clock_.now() + kCloseTimeout;
   for (auto& [rank, peer] : peers_)
-    if (peer->endpoint && peer->met == peer->link->incarnation)
-      close_endpoint(*peer);
+    close_endpoint(*peer);
 }
 
 // Buffers of requests that never completed are given up only after the worker.

@@ -43,6 +43,10 @@
 
 namespace troupe {
 
+// Flags of the fabric's own kinds.
+inline constexpr uint16_t kPleaseAnswer = 1; // a heartbeat asks for one without
+inline constexpr uint16_t kAnswer = 1;       // a goodbye answers one without
+
 class UcxChannel {
 public:
   [[nodiscard]] static caf::expected<std::unique_ptr<UcxChannel>>
@@ -82,11 +86,13 @@ private:
     // Towards the peer.
     LinkRef link; // null until `connect`
     ucp_ep_h endpoint = nullptr;
-    std::optional<uint32_t> met; // the incarnation whose hello came last
+    bool settled = false;        // UCX's handshakes on the endpoint are over, both ways
     bool awaits_goodbye = false; // we said GOODBYE and it did not answer yet
     // From the peer.
     RankId rank;
     Origin origin;
+    std::optional<uint32_t> met; // the incarnation whose hello came last
+    Nanoseconds met_at{0};
     uint64_t next_sequence = 0;
     std::map<uint64_t, Arrival> arrivals; // by sequence; none below next_sequence
     std::deque<uint64_t> waiting;         // those that wait for room, in order
@@ -125,9 +131,8 @@ private:
   enum class Phase : uint8_t {
     running,
     leaving,  // GOODBYE is said; until all answered, or time is up
-    flushing, // nobody is listened to any more; until UCX has nothing under way, or time is up
+    settling, // nobody is listened to any more; until UCX's handshakes are over, or time is up
     closing,  // endpoints are closed by force; until their requests ended, or time is up
-    settling, // flushed once more
     done,
   };
 
@@ -148,9 +153,8 @@ private:
   void run_timers();
   void advance_phase();
   void stop_listening();
-  void start_flush();
   void start_closing();
-  [[nodiscard]] bool met_all() const;
+  [[nodiscard]] bool settled() const;
   void release_all();
 
   // Towards peers (ucx_channel_send.cpp).
@@ -160,6 +164,7 @@ private:
   void send(Peer& peer, const WireHeader& header, const void* bytes, BufferRef payload);
   void say(RankId rank, WireKind kind, uint16_t flags, uint64_t aux);
   void say_goodbye(Peer& peer);
+  void ask(Peer& peer);
   void send_answers();
   void return_credits();
   void watch(Nanoseconds elapsed);
@@ -178,6 +183,8 @@ private:
   ucs_status_t receive_ordered(Peer& peer, const WireHeader& header, void* data,
                                uint64_t attributes);
   void note_handshake(const WireHeader& hello);
+  void receive_last_words(const WireHeader& header);
+  void answer_heartbeat(Peer& peer, const WireHeader& header);
   void receive_hello(const WireHeader& header, std::span<const std::byte> payload);
   void receive_goodbye(Peer& peer);
   enum class Placement : uint8_t { placed, no_room, failed };
@@ -224,7 +231,6 @@ private:
   size_t closes_in_flight_ = 0;
   size_t num_waiting_ = 0; // arrivals that wait for room
   bool credit_due_ = false;
-  bool flushed_ = false;
   bool abandoned_ = false;
   Nanoseconds last_work_{0};
   Nanoseconds last_watch_{0};

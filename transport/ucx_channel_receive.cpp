@@ -10,10 +10,6 @@ namespace troupe {
 
 namespace {
 
-// A goodbye with this flag answers one without.
-constexpr uint16_t kAnswer = 1;
-constexpr uint16_t kPleaseAnswer = 1; // of a heartbeat
-
 std::span<const std::byte> bytes_of(const void* data, size_t length) {
   return {static_cast<const std::byte*>(data), length};
 }
@@ -31,9 +27,9 @@ ucs_status_t UcxChannel::on_active_message(void* channel, const void* header, si
 ucs_status_t UcxChannel::receive(std::span<const std::byte> encoded, void* data, size_t length,
                                  uint64_t attributes) {
   const auto header = decode_header(encoded);
-  if (phase_ != Phase::running && phase_ != Phase::leaving) { // nobody listens any more
-    if (header && header->kind == WireKind::hello)
-      note_handshake(*header);
+  if (phase_ != Phase::running && phase_ != Phase::leaving) {
+    if (header && !fabric_.check_cluster(*header))
+      receive_last_words(*header);
     return UCS_OK;
   }
   auto error = header ? fabric_.check_cluster(*header) : header.error();
@@ -51,8 +47,10 @@ ucs_status_t UcxChannel::receive(std::span<const std::byte> encoded, void* data,
   const bool afterthought = it != peers_.end() && it->second->origin.known &&
                             !it->second->origin.heard && !kind_is_for_actors(header->kind) &&
                             header->incarnation == it->second->origin.incarnation;
-  if (!error && afterthought)
+  if (!error && afterthought) {
+    receive_last_words(*header);
     return UCS_OK;
+  }
   if (!error)
     error = fabric_.check_origin(*header, it == peers_.end() ? nullptr : &it->second->origin);
   if (!error && header->source == fabric_.self())
@@ -66,8 +64,7 @@ ucs_status_t UcxChannel::receive(std::span<const std::byte> encoded, void* data,
   peer.silence = {};
   switch (header->kind) {
   case WireKind::heartbeat:
-    if (header->flags & kPleaseAnswer)
-      say(peer.rank, WireKind::heartbeat, 0, 0);
+    answer_heartbeat(peer, *header);
     return UCS_OK;
   case WireKind::credit:
     if (peer.link && peer.link->incarnation == header->incarnation)
@@ -76,6 +73,7 @@ ucs_status_t UcxChannel::receive(std::span<const std::byte> encoded, void* data,
   case WireKind::goodbye:
     if (header->flags & kAnswer) {
       peer.awaits_goodbye = false;
+      peer.settled = true;
       return UCS_OK;
     }
     [[fallthrough]];
@@ -104,10 +102,35 @@ void UcxChannel::receive_hello(const WireHeader& header, std::span<const std::by
   peer.silence = {};
 }
 
-// Its hello came through the peer's own endpoint, so UCX's handshakes are behind us.
+// The hello came through the peer's own endpoint, so its handshake is behind us, and what we ask
+// now is queued after our answer to it.
 void UcxChannel::note_handshake(const WireHeader& hello) {
-  if (const auto it = peers_.find(hello.source); it != peers_.end())
-    it->second->met = hello.incarnation;
+  const auto it = peers_.find(hello.source);
+  if (it == peers_.end())
+    return;
+  auto& peer = *it->second;
+  peer.met = hello.incarnation;
+  peer.met_at = clock_.now();
+  if (peer.endpoint && peer.link->incarnation == hello.incarnation)
+    ask(peer);
+}
+
+void UcxChannel::answer_heartbeat(Peer& peer, const WireHeader& header) {
+  if (header.flags & kPleaseAnswer)
+    say(peer.rank, WireKind::heartbeat, 0, 0);
+  else if (peer.endpoint && peer.link->incarnation == header.incarnation)
+    peer.settled = true;
+}
+
+// Nobody listens any more, but the handshakes are brought to their end.
+void UcxChannel::receive_last_words(const WireHeader& header) {
+  const auto it = peers_.find(header.source);
+  if (it == peers_.end())
+    return;
+  if (header.kind == WireKind::hello)
+    note_handshake(header);
+  if (header.kind == WireKind::heartbeat)
+    answer_heartbeat(*it->second, header);
 }
 
 ucs_status_t UcxChannel::receive_ordered(Peer& peer, const WireHeader& header, void* data,

@@ -9,9 +9,6 @@ namespace troupe {
 
 namespace {
 
-// A heartbeat with this flag asks for one without.
-constexpr uint16_t kPleaseAnswer = 1;
-
 caf::error lost(RankId rank, std::string_view why) {
   return make_error(Errc::peer_lost, fmt::format("rank {}: {}", rank.value, why));
 }
@@ -134,6 +131,8 @@ void UcxChannel::say_goodbye(Peer& peer) {
   send(peer, header, nullptr, {});
 }
 
+void UcxChannel::ask(Peer& peer) { say(peer.rank, WireKind::heartbeat, kPleaseAnswer, 0); }
+
 void UcxChannel::return_credits() {
   for (auto& [rank, peer] : peers_)
     if (peer->uncredited > 0 && peer->endpoint)
@@ -181,7 +180,7 @@ void UcxChannel::watch_neighbours(Nanoseconds elapsed) {
       doom(peer, link->incarnation,
            lost(peer.rank, fmt::format("silent for {} ms", options.heartbeat_timeout_ms)));
     else
-      say(peer.rank, WireKind::heartbeat, kPleaseAnswer, 0);
+      ask(peer);
   }
 }
 

@@ -382,6 +382,8 @@ TEST_CASE("ranks that come and go at any moment harm nobody") {
       });
     for (auto& life : lives)
       life.join();
+    CAPTURE(sinks[0].left.size());
+    CAPTURE(sinks[0].lost.size());
     CHECK(sinks[0].wait([&] { return sinks[0].left.size() + sinks[0].lost.size() == 3; }));
     REQUIRE_FALSE(fabrics[0]->send(RankId{0}, header_of(WireKind::control), {}));
     CHECK(sinks[0].wait_for_messages(2));
