@@ -118,17 +118,16 @@ bool KvBForms::values_are_views() const {
   return nope_ % kPanelRows == 0 && v_dim_ % kPanelRows == 0;
 }
 
-void KvBForms::bind(std::byte* memory, AttentionWeights& out) const {
-  // By its full name: for a std::byte*, argument-dependent lookup would find std::bind too.
-  const auto bound = [memory](Placed placed) {
-    attach(placed.matrix, memory + placed.offset);
+void KvBForms::attach(std::byte* memory, AttentionWeights& out) const {
+  const auto placed_at = [memory](Placed placed) {
+    troupe::attach(placed.matrix, memory + placed.offset);
     return placed.matrix;
   };
-  out.kv_b = bound(whole_);
+  out.kv_b = placed_at(whole_);
   for (size_t h = 0; h < keys_.size(); ++h) {
-    out.w_uk_t.push_back(bound(keys_[h]));
+    out.w_uk_t.push_back(placed_at(keys_[h]));
     out.w_uv.push_back(values_are_views() ? panels_of(out.kv_b, key_row(h) + nope_, v_dim_)
-                                          : bound(values_[h]));
+                                          : placed_at(values_[h]));
   }
 }
 

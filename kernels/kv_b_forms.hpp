@@ -16,7 +16,7 @@ public:
 
   [[nodiscard]] int64_t bytes() const { return bytes_; }
   // Points kv_b, w_uk_t and w_uv of `out` into `memory` (bytes() long, 64-byte aligned).
-  void bind(std::byte* memory, AttentionWeights& out) const;
+  void attach(std::byte* memory, AttentionWeights& out) const;
   // Fills the memory from the checkpoint.
   void pack(std::byte* memory) const;
 

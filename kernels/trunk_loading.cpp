@@ -237,7 +237,7 @@ void TrunkLoader::describe_kv_b(const std::string& name, AttentionWeights& atten
     return;
   const auto forms = std::make_shared<const KvBForms>(m, heads, c.qk_nope_head_dim, c.v_head_dim);
   reserve(forms->bytes(), [=, this, &attention](std::byte* memory) {
-    forms->bind(memory, attention);
+    forms->attach(memory, attention);
     plan_.release_at_end(m.scales);
     const int64_t row_bytes = c.kv_lora_rank * size_of(m.source.dtype);
     plan_.add({{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},

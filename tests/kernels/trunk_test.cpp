@@ -46,7 +46,7 @@ std::vector<int32_t> range(const std::vector<int32_t>& tokens, size_t begin, siz
 }
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
 }
 
 // How a sequence of tokens is fed: `prompt` of them in chunks, the rest as answer rows.
