@@ -36,7 +36,8 @@ RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* cont
                       : with_context(fmt::format("rank {} was lost", news.peer.value), news.why));
       },
       [=](const PeerLeft&) {
-        // Goodbye is said only when the whole cluster was told to stop; the news overtook our order.
+        // Goodbye is said only when the whole cluster was told to stop; the news overtook our
+        // order.
         if (!self->state.stopping)
           end(self, {});
       },

@@ -39,7 +39,7 @@ struct TensorView {
 };
 
 class Checkpoint {
- public:
+public:
   // `folder` holds config.json and model.safetensors or model.safetensors.index.json.
   [[nodiscard]] static caf::expected<std::shared_ptr<const Checkpoint>>
   open(const std::filesystem::path& folder);

@@ -10,14 +10,14 @@ namespace troupe {
 using Nanoseconds = std::chrono::nanoseconds;
 
 class Clock {
- public:
+public:
   virtual ~Clock() = default;
   // Since an arbitrary start; never goes back. Callable from any thread.
   [[nodiscard]] virtual Nanoseconds now() const = 0;
 };
 
 class SteadyClock final : public Clock {
- public:
+public:
   [[nodiscard]] Nanoseconds now() const override {
     return std::chrono::steady_clock::now().time_since_epoch();
   }
@@ -25,14 +25,14 @@ class SteadyClock final : public Clock {
 
 // Advanced by hand; single-threaded.
 class VirtualClock final : public Clock {
- public:
+public:
   [[nodiscard]] Nanoseconds now() const override { return now_; }
   void advance_to(Nanoseconds t) {
     if (t > now_)
       now_ = t;
   }
 
- private:
+private:
   Nanoseconds now_{0};
 };
 

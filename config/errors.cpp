@@ -13,21 +13,36 @@ constexpr auto kCategory = caf::atom("troupe");
 
 std::string_view name_of(Errc code) {
   switch (code) {
-  case Errc::none: return "none";
-  case Errc::invalid_argument: return "invalid argument";
-  case Errc::not_found: return "not found";
-  case Errc::malformed: return "malformed";
-  case Errc::unsupported: return "unsupported";
-  case Errc::io_error: return "I/O error";
-  case Errc::out_of_memory: return "out of memory";
-  case Errc::mismatch: return "mismatch";
-  case Errc::unreachable: return "unreachable";
-  case Errc::peer_lost: return "peer lost";
-  case Errc::stale: return "stale";
-  case Errc::timeout: return "timeout";
-  case Errc::cancelled: return "cancelled";
-  case Errc::overloaded: return "overloaded";
-  case Errc::internal: return "internal error";
+  case Errc::none:
+    return "none";
+  case Errc::invalid_argument:
+    return "invalid argument";
+  case Errc::not_found:
+    return "not found";
+  case Errc::malformed:
+    return "malformed";
+  case Errc::unsupported:
+    return "unsupported";
+  case Errc::io_error:
+    return "I/O error";
+  case Errc::out_of_memory:
+    return "out of memory";
+  case Errc::mismatch:
+    return "mismatch";
+  case Errc::unreachable:
+    return "unreachable";
+  case Errc::peer_lost:
+    return "peer lost";
+  case Errc::stale:
+    return "stale";
+  case Errc::timeout:
+    return "timeout";
+  case Errc::cancelled:
+    return "cancelled";
+  case Errc::overloaded:
+    return "overloaded";
+  case Errc::internal:
+    return "internal error";
   }
   return "unknown error";
 }

@@ -39,20 +39,20 @@ namespace troupe {
 // A sequence of 64-bit numbers for tests, placements and initialization: SplitMix-free, the n-th
 // value of a stream is again a pure function of (seed, stream, n).
 class KeyedStream {
- public:
+public:
   explicit KeyedStream(uint64_t seed, uint64_t stream = 0) : seed_(seed), stream_(stream) {}
   uint64_t next() {
     const auto block =
-      philox4x32({static_cast<uint32_t>(n_), static_cast<uint32_t>(n_ >> 32),
-                  static_cast<uint32_t>(stream_), static_cast<uint32_t>(stream_ >> 32)},
-                 {static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32)});
+        philox4x32({static_cast<uint32_t>(n_), static_cast<uint32_t>(n_ >> 32),
+                    static_cast<uint32_t>(stream_), static_cast<uint32_t>(stream_ >> 32)},
+                   {static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32)});
     ++n_;
     return (uint64_t{block[1]} << 32) | block[0];
   }
   // Uniform in [0, bound); bound > 0.
   uint64_t below(uint64_t bound) { return next() % bound; }
 
- private:
+private:
   uint64_t seed_;
   uint64_t stream_;
   uint64_t n_ = 0;

@@ -8,9 +8,10 @@
 //    alone: not of the number, values or place of other rows, nor of threads.
 //  * Linear: every output element is ONE chain of fused multiply-adds over ascending K in FP32,
 //    starting from +0, per segment (and per scale block); segments add in a binary tree of
-//    adjacent pairs. In the F32 arithmetic reference, avx2 and avx512 therefore give equal bits. With
-//    BF16 inputs reference, avx2 and avx512 multiply-add in FP32 (exact products, one rounding per
-//    add) in ascending K; avx512_bf16 uses vdpbf16ps, whose pairing is its own: another arithmetic.
+//    adjacent pairs. In the F32 arithmetic reference, avx2 and avx512 therefore give equal bits.
+//    With BF16 inputs reference, avx2 and avx512 multiply-add in FP32 (exact products, one rounding
+//    per add) in ascending K; avx512_bf16 uses vdpbf16ps, whose pairing is its own: another
+//    arithmetic.
 //  * Reductions along a row (norms, absorbed attention's dot products): 16 lanes, lane l takes the
 //    elements i ≡ l (mod 16) in ascending order by fma, then lanes are added in halves
 //    (l += l+8, l += l+4, l += l+2, l += l+1). A missing tail counts as +0. Equal bits everywhere,
@@ -76,7 +77,8 @@ struct AddPartialsArgs {
   MutableRows out;
 };
 
-// y_i = round(w_i · (x_i · r)), r = 1 / sqrt(sum(x²)/n + eps); x, y in A or F32; w F32. May be in place.
+// y_i = round(w_i · (x_i · r)), r = 1 / sqrt(sum(x²)/n + eps); x, y in A or F32; w F32. May be in
+// place.
 struct RmsNormArgs {
   int64_t num_rows = 0, n = 0;
   Rows x;
@@ -92,8 +94,8 @@ struct RopeTable {
   const float* sin = nullptr;
   bool interleaved = true; // false: pairs are (i, i + dim/2)
 };
-// Rotates `heads` vectors of `table.dim` per row, in place: x[row·stride + head·head_stride + 0…dim).
-// A pair (x, y) becomes round(fma(x, cos, -(y·sin))), round(fma(x, sin, y·cos)).
+// Rotates `heads` vectors of `table.dim` per row, in place: x[row·stride + head·head_stride +
+// 0…dim). A pair (x, y) becomes round(fma(x, cos, -(y·sin))), round(fma(x, sin, y·cos)).
 struct RopeArgs {
   int64_t num_rows = 0, heads = 1;
   MutableRows x;
@@ -112,8 +114,8 @@ struct LatentCacheLayer {
   int64_t row_elements = 0; // d_c + d_rope
 };
 
-// A run of consecutive positions of one sequence inside a step: rows [row_begin, row_begin+num_rows)
-// of the step are positions first_position, first_position + 1, …
+// A run of consecutive positions of one sequence inside a step: rows [row_begin,
+// row_begin+num_rows) of the step are positions first_position, first_position + 1, …
 struct SequenceRows {
   int64_t row_begin = 0, num_rows = 0;
   int32_t first_position = 0;
@@ -122,12 +124,13 @@ struct SequenceRows {
 
 // Causal MLA over the cache for rows of several sequences. The rows' own latents are already in
 // the cache. Keys are walked in blocks of 64 aligned to position 0 with an online softmax in FP32:
-//   s_j = tau · (q · k_j): in the naive form ONE fma chain over ascending elements, nope then rope (on
-//   avx512_bf16 pairs, like Linear); in the absorbed form a 16-lane dot over latent then rope
+//   s_j = tau · (q · k_j): in the naive form ONE fma chain over ascending elements, nope then rope
+//   (on avx512_bf16 pairs, like Linear); in the absorbed form a 16-lane dot over latent then rope
 //   elements;  block max m_b over valid keys;
 //   m' = max(m, m_b); a = exp(m - m'); p_j = exp(s_j - m'), 0 for invalid j;
-//   l = l·a + sum_j p_j (ascending j, plain FP32 adds);  o = o·a + sum_j p_j·v_j, where the inner sum is one chain
-//   of fmas from +0 over ascending j of the block and p_j is first rounded to A (l takes the unrounded p).
+//   l = l·a + sum_j p_j (ascending j, plain FP32 adds);  o = o·a + sum_j p_j·v_j, where the inner
+//   sum is one chain of fmas from +0 over ascending j of the block and p_j is first rounded to A (l
+//   takes the unrounded p).
 // Finally out = round(o · (1/l)). A row never reads keys beyond its own position.
 // Scratch: see attention_scratch_bytes.
 struct MlaShape {

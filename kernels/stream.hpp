@@ -18,24 +18,24 @@ template <class Signature>
 class FunctionRef;
 template <class R, class... Args>
 class FunctionRef<R(Args...)> {
- public:
+public:
   template <class F>
-    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
-  FunctionRef(F&& f) // NOLINT: implicit on purpose, like std::function_ref
+  requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
+      FunctionRef(F&& f) // NOLINT: implicit on purpose, like std::function_ref
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, Args... args) -> R {
           return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<Args>(args)...);
         }) {}
   R operator()(Args... args) const { return call_(object_, std::forward<Args>(args)...); }
 
- private:
+private:
   void* object_;
   R (*call_)(void*, Args...);
 };
 
 // The threads of one running job. How work is cut never changes a result (contract, 1.1).
 class Workers {
- public:
+public:
   virtual ~Workers() = default;
   [[nodiscard]] virtual int num_threads() const = 0;
   // Calls f(begin, end, worker) over [0, n) in chunks of at most `grain` (the last may be
@@ -47,7 +47,7 @@ class Workers {
 
 // Runs everything on the calling thread.
 class InlineWorkers final : public Workers {
- public:
+public:
   [[nodiscard]] int num_threads() const override { return 1; }
   void parallel_for(int64_t n, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> f) override;
 };
@@ -60,7 +60,7 @@ struct JobTiming {
 };
 
 class ComputeStream {
- public:
+public:
   virtual ~ComputeStream() = default;
   // Jobs run one after another in the order started. `done` is called once the job has ended, on
   // the stream's thread; it must only hand the news on. A job must not throw. Callable from any
