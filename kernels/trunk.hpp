@@ -9,7 +9,10 @@
 //                                                              shared_ffn(),
 //                                                                 [combine arrives], combine()
 //
-// Not thread-safe: one Trunk belongs to one compute stream, jobs run one at a time.
+// Not thread-safe: one Trunk belongs to one compute stream, jobs run one at a time. All scratch is
+// allocated by the constructor, for Limits::max_rows; a step allocates nothing. With
+// fp8_activations the input of each Linear is quantized once, by whoever needs it first (trunk.cpp
+// lists them).
 #pragma once
 
 #include "config/model_config.hpp"
@@ -82,8 +85,9 @@ public:
   struct Limits {
     int64_t max_rows = 0;    // rows of one step
     int64_t max_context = 0; // longest sequence
-    int num_threads = 1;
+    int num_threads = 1;     // of the stream it runs on
   };
+  // Throws std::bad_alloc when the machine has no room for the scratch.
   Trunk(const ModelConfig& config, const Arithmetic& arithmetic, const Backend& backend,
         std::shared_ptr<const TrunkWeights> weights, const TrunkShare& share, const Limits& limits);
   ~Trunk();
@@ -103,7 +107,9 @@ public:
   void finish_attention(int64_t num_rows, std::span<const float* const> partials, MutableRows x,
                         Workers&);
 
-  // Dense block: x = x + FFN(norm(x)); cut over TP ranks it writes the FP32 partial instead.
+  // Dense block: x = x + FFN(norm(x)); with block.ffn_is_cut it writes the FP32 partial instead,
+  // which finish_attention adds up like attention's. An FFN that is not cut is computed whole by
+  // each rank.
   void dense_ffn(const BlockWeights& block, int64_t num_rows, MutableRows x, float* partial,
                  Workers&);
 
@@ -139,7 +145,9 @@ private:
   std::unique_ptr<Impl> impl_;
 };
 
-// The expert side: rows of one or several dispatches of one layer through their experts.
+// The expert side: rows of one or several dispatches of one layer through their experts. A call
+// with more than max_rows rows is cut into several, which changes no bit. The constructor allocates
+// all scratch and throws std::bad_alloc when there is no room.
 class ExpertCompute {
 public:
   ExpertCompute(const ModelConfig& config, const Arithmetic& arithmetic, const Backend& backend,
