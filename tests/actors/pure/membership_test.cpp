@@ -2,6 +2,7 @@
 #include "actors/placement.hpp"
 
 #include <doctest/doctest.h>
+#include <fmt/format.h>
 
 using namespace troupe;
 
@@ -27,8 +28,8 @@ JoinRequest request(int32_t rank) {
   r.arithmetic = "bf16";
   r.backend = "avx2";
   r.fingerprint = 7;
-  r.host = "h" + std::to_string(rank);
-  r.address = "a" + std::to_string(rank);
+  r.host = fmt::format("h{}", rank);
+  r.address = fmt::format("a{}", rank);
   return r;
 }
 
