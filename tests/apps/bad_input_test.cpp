@@ -1,5 +1,5 @@
 // What is wrong ends within seconds, with one message on stderr and a non-zero exit code.
-#include "run_program.hpp"
+#include "tests/apps/run_program.hpp"
 
 #include <doctest/doctest.h>
 

@@ -1,6 +1,6 @@
 // Whoever dies, whenever: the run ends with one message that names the cause, a non-zero exit code,
 // and nobody left behind.
-#include "run_program.hpp"
+#include "tests/apps/run_program.hpp"
 
 #include <doctest/doctest.h>
 
@@ -67,6 +67,7 @@ TEST_CASE("a stopped rank is missed by its peers and named") {
   const auto o = p.finish();
   CHECK(o.code == 1);
   CHECK(lines(o.err) == 1);
+  CAPTURE(o.err);
   CHECK(o.err.find("rank 1 was lost") != std::string::npos);
   CHECK(o.left_behind == 0);
 }
@@ -149,6 +150,7 @@ TEST_CASE("launcher variables make ranks of separate tasks, and they end togethe
   CHECK(good.err.empty());
   CHECK(good.left_behind == 0);
   const auto bad = run_tasks("--compute bf16");
+  CAPTURE(bad.err);
   CHECK(bad.out == "rc=1\nrc=1\nrc=1\n");
   CHECK(bad.err.find("ranks disagree about the arithmetic") != std::string::npos);
   CHECK(bad.left_behind == 0);

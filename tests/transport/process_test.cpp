@@ -3,7 +3,7 @@
 // A child is this program again with a single, otherwise skipped test case, so that it starts
 // without threads. It writes its address to standard output and reads its orders, one line each,
 // from standard input: "address <hex>", "flood <bytes>", "leave".
-#include "fabric_helpers.hpp"
+#include "tests/transport/fabric_helpers.hpp"
 
 #include "transport/ucx_fabric.hpp"
 

@@ -1,5 +1,5 @@
 // Ranks in one process, each with its own UcxFabric, over TCP loopback.
-#include "fabric_helpers.hpp"
+#include "tests/transport/fabric_helpers.hpp"
 
 #include "transport/ucx_fabric.hpp"
 
