@@ -17,6 +17,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 
 namespace troupe {
 
@@ -99,6 +100,8 @@ public:
       : self_(self), options_(options), agent_(agent) {}
 
   caf::error run();
+  // Tells the agent why this rank ends; the first cause counts.
+  void confess(const caf::error& error);
 
 private:
   caf::error make_host();
@@ -110,6 +113,7 @@ private:
   const RankProcessOptions& options_;
   AgentChannel& agent_;
   AgentNews news_;
+  bool confessed_ = false;
   std::unique_ptr<RankHost> host_;
 };
 
@@ -183,6 +187,11 @@ caf::error RankProcess::write_trace() {
   return file ? caf::error{} : make_error(Errc::io_error, path + ": can't be written");
 }
 
+void RankProcess::confess(const caf::error& error) {
+  if (!std::exchange(confessed_, true))
+    agent_.say((code_of(error) == Errc::peer_lost ? "lost " : "failed ") + text_of(error));
+}
+
 caf::error RankProcess::run() {
   std::thread{[this] { listen_to_agent(agent_, news_); }}.detach();
   if (auto error = make_host())
@@ -199,6 +208,8 @@ caf::error RankProcess::run() {
     error = {}; // being told to stop is no failure, whatever it interrupted
   if (auto trouble = write_trace(); trouble && !error)
     error = trouble;
+  if (error) // before the ports close: those who lose us then have a cause that came first
+    confess(error);
   // Goodbye is said only when the whole cluster was told to stop; a rank whose own host stops it
   // is lost to the others.
   host_->shut_down(cluster_stopped && !told);
@@ -212,7 +223,7 @@ int rank_process_main(RankId self, const RankProcessOptions& options, AgentChann
   const auto error = process.run();
   if (!error)
     return 0;
-  agent.say((code_of(error) == Errc::peer_lost ? "lost " : "failed ") + text_of(error));
+  process.confess(error);
   return 1;
 }
 
