@@ -94,6 +94,8 @@ caf::expected<Welcome> join(RankHost& host, const caf::actor& port,
   return answer;
 }
 
+constexpr auto kLinger = std::chrono::seconds{3};
+
 class RankProcess {
 public:
   RankProcess(RankId self, const RankProcessOptions& options, AgentChannel& agent)
@@ -210,6 +212,9 @@ caf::error RankProcess::run() {
     error = trouble;
   if (error) // before the ports close: those who lose us then have a cause that came first
     confess(error);
+  // Tasks of a launcher come one by one: who joins late must still be told why there is no cluster.
+  if (self_ == RankId{0} && options_.control_port != 0 && code_of(error) == Errc::mismatch)
+    std::this_thread::sleep_for(kLinger);
   // Goodbye is said only when the whole cluster was told to stop; a rank whose own host stops it
   // is lost to the others.
   host_->shut_down(cluster_stopped && !told);
