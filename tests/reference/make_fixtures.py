@@ -53,15 +53,16 @@ FIXTURES = {
     "v3": (dict(rope_scaling=yarn(), num_hidden_layers=3, intermediate_size=264, **EIGHT_HEADS),
            dict(num_tokens=80, prompt_tokens=52)),
     "v3_mscale": (dict(rope_scaling=yarn(1.0, 0.707), n_shared_experts=2), {}),
-    # YaRN's upper bound, min(…, d_rope - 1), matters: its correction range would end beyond.
+    # YaRN's correction range ends at 4, beyond the last of the 4 pairs: it must not be cut to 3.
     "v3_long_context": (dict(rope_scaling=yarn(original=20000), max_position_embeddings=163840),
                         dict(num_tokens=80)),
     "v3_plain": (dict(rope_scaling=None, q_lora_rank=None, hidden_size=60, v_head_dim=10,
                       num_attention_heads=6, num_key_value_heads=6, **NO_GROUPS), {}),
-    # The newer spelling, and rope channels already permuted.
+    # The newer spelling, rope channels already permuted, and a correction range that would end at
+    # 8 without the bound of d_rope - 1.
     "v3_rope_parameters": (dict(rope_interleave=False, rope_theta=None, rope_parameters=dict(
-        rope_type="yarn", rope_theta=10000.0, factor=40.0, original_max_position_embeddings=64,
-        beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)), {}),
+        rope_type="yarn", rope_theta=100.0, factor=40.0, original_max_position_embeddings=20000,
+        beta_fast=2000.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)), {}),
     # Two whole groups and an expert of each other one always score the same.
     "v3_ties": (dict(rope_scaling=yarn()), dict(tied_experts=(2, 4, 5, 6, 7, 8, 9, 10, 11, 13))),
     "v2": (V2 | dict(topk_method="group_limited_greedy", routed_scaling_factor=16.0,
@@ -72,7 +73,7 @@ FIXTURES = {
                        n_shared_experts=2, routed_scaling_factor=2.446, **NO_GROUPS), {}),
     "kimi": (dict(model_type="kimi_k2", rope_theta=50000.0, n_routed_experts=24,
                   routed_scaling_factor=2.827,
-                  rope_scaling=yarn(beta_fast=1, beta_slow=1, factor=32),
+                  rope_scaling=yarn(beta_fast=1, beta_slow=1, factor=32, original=4096),
                   **NO_GROUPS, **EIGHT_HEADS), {}),
     "v3_bf16": (dict(rope_scaling=yarn(), torch_dtype="bfloat16", **EIGHT_HEADS),
                 dict(storage="bf16")),
