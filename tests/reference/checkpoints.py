@@ -143,6 +143,8 @@ class Reference:
             state, embedding = result.hidden_states[-1], result.hidden_states[0]
             for k, module in enumerate(self.mtp, start=1):
                 rows = ids.shape[1] - k
+                if rows < 1:
+                    break
                 state = module(state[:, :rows], embedding[:, k:], self.model.model.rotary_emb)
                 out[f"mtp{k}.hidden"] = state
                 out[f"mtp{k}.logits"] = self.model.lm_head(state)
