@@ -20,6 +20,7 @@ import numpy as np
 import checkpoints
 import compare
 import make_fixtures
+import spec_forward
 import tensors
 
 
@@ -135,8 +136,11 @@ def run(program, folder, draw):
             print(f"FAIL {command[0]}: {done.stderr.strip().splitlines()[-1:]}  {shape}")
             return 1
         answer = done.stdout
-    failures = compare.compare(tensors.read_file(output), expected, compare.TOLERANCE, demand_all=False,
+    actual = tensors.read_file(output)
+    failures = compare.compare(actual, expected, compare.TOLERANCE, demand_all=False,
                                only_failures=True)
+    worst = max(spec_forward.difference(actual[name], expected[name]) for name in actual)
+    print(f"{'':20} the program's worst {worst:.1e}  {' '.join(shape[6:])}")
     if json.loads(answer.strip().splitlines()[-1])["tokens"] != expected["greedy"].tolist():
         failures += 1
         print(f"FAIL greedy continuation  {shape}")
