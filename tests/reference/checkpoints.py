@@ -34,6 +34,9 @@ SMALLEST_GATE_MARGIN = 2e-5
 SMALLEST_GREEDY_GAP = 1e-3
 NUM_GREEDY = 24
 
+# The order of torch's sums, and with it the last bit, depends on the number of threads.
+torch.set_num_threads(1)
+
 QUANTIZED = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
              "gate_proj", "up_proj", "down_proj")
 
