@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace troupe {
 
@@ -40,6 +41,8 @@ size_t answer_row_bytes(DType combine, int64_t hidden) {
 }
 
 // Shared with the jobs in flight, so that memory outlives them whatever happens to the actor.
+// While a job runs it owns all of it but the last paragraph of members, which are the actor's:
+// messages come in at any time.
 struct BlockRunner::State {
   State(const RankContext& c, std::shared_ptr<Trunk> t, Route r)
       : context(c), trunk(std::move(t)), route(r) {
@@ -76,10 +79,15 @@ struct BlockRunner::State {
   Stage stage = Stage::attention;
   Need need = Need::nothing;
   caf::error error;
-  bool job_running = false;
   BufferRef own_partial;            // F32 [rows, hidden], filled by a job
-  std::map<RankId, Answer> answers; // by destination
+  std::vector<BufferRef> exchanged; // by tp_rank: siblings' side of the exchange that the job ends
+  std::map<RankId, Answer> answers; // by destination; `rows` are the actor's while it collects
+
+  bool job_running = false;
+  bool collecting = false; // dispatches are away, `combine` has not started
+  uint32_t collected_layer = 0;
   size_t answers_missing = 0;
+  caf::error bad_answer;
   Nanoseconds sent_at{0};
   // Siblings' messages, possibly ahead of us by one exchange: (walk, layer, exchange, source).
   std::map<std::tuple<uint64_t, uint32_t, uint32_t, RankId>, BufferRef> from_siblings;
@@ -123,9 +131,12 @@ struct BlockRunner::State {
   void take_gathered();
   void next_block(Workers& workers);
   float* new_partial();
-  std::vector<const float*> partials(uint32_t exchange);
-  void drop_partials(uint32_t exchange);
+  std::vector<const float*> partials() const;
+  void drop_partials();
+  // ---- the actor's ----
+  [[nodiscard]] std::optional<uint32_t> exchange_before(Stage next) const;
   [[nodiscard]] bool have_all(uint32_t exchange) const;
+  caf::error take_exchange(uint32_t exchange);
   bool fail(const caf::error& why) {
     error = why;
     need = Need::finished;
@@ -142,14 +153,14 @@ void BlockRunner::State::run_stage(Workers& workers) {
     walk_on(workers);
     return;
   case Stage::finish_attention:
-    trunk->finish_attention(num_rows(), partials(kAttentionPartial), x(), workers);
-    drop_partials(kAttentionPartial);
+    trunk->finish_attention(num_rows(), partials(), x(), workers);
+    drop_partials();
     if (ffn(workers))
       next_block(workers);
     return;
   case Stage::finish_ffn:
-    trunk->finish_attention(num_rows(), partials(kFfnPartial), x(), workers);
-    drop_partials(kFfnPartial);
+    trunk->finish_attention(num_rows(), partials(), x(), workers);
+    drop_partials();
     next_block(workers);
     return;
   case Stage::shared:
@@ -303,8 +314,8 @@ void BlockRunner::State::run_combine(Workers& workers) {
   const auto& weights = *now().weights;
   const bool has_shared = weights.shared.gate.n > 0;
   if (has_shared && tp() > 1 && weights.ffn_is_cut) {
-    trunk->finish_shared(num_rows(), partials(kFfnPartial), rows_of(shared_memory), workers);
-    drop_partials(kFfnPartial);
+    trunk->finish_shared(num_rows(), partials(), rows_of(shared_memory), workers);
+    drop_partials();
   }
   const int32_t begin = share_begin(tp_rank()), end = share_begin(tp_rank() + 1);
   const auto stride = answer_row_bytes(a(), hidden());
@@ -371,15 +382,12 @@ void BlockRunner::State::take_gathered() {
   for (int r = 0; r < tp(); ++r) {
     if (r == tp_rank())
       continue;
-    const auto& buffer = from_siblings.at(
-        {walk.id, static_cast<uint32_t>(now().layer), kGathered, context.sibling(r)});
-    const auto first = static_cast<size_t>(share_begin(r));
-    const auto count = static_cast<size_t>(share_begin(r + 1)) - first;
+    const auto& buffer = exchanged[static_cast<size_t>(r)];
     if (buffer)
-      std::memcpy(x_memory.data() + first * row, buffer->data(),
-                  std::min(count * row, buffer->size()));
+      std::memcpy(x_memory.data() + static_cast<size_t>(share_begin(r)) * row,
+                  std::as_const(*buffer).data(), buffer->size());
   }
-  drop_partials(kGathered);
+  drop_partials();
   own_partial = {};
 }
 
@@ -396,23 +404,38 @@ float* BlockRunner::State::new_partial() {
   return reinterpret_cast<float*>(own_partial->data());
 }
 
-std::vector<const float*> BlockRunner::State::partials(uint32_t exchange) {
+std::vector<const float*> BlockRunner::State::partials() const {
   std::vector<const float*> list;
   for (int r = 0; r < tp(); ++r) {
-    const auto& buffer = r == tp_rank()
-                             ? own_partial
-                             : from_siblings.at({walk.id, static_cast<uint32_t>(now().layer),
-                                                 exchange, context.sibling(r)});
-    list.push_back(reinterpret_cast<const float*>(buffer->data()));
+    const auto& buffer = r == tp_rank() ? own_partial : exchanged[static_cast<size_t>(r)];
+    list.push_back(reinterpret_cast<const float*>(std::as_const(*buffer).data()));
   }
   return list;
 }
 
-void BlockRunner::State::drop_partials(uint32_t exchange) {
-  for (int r = 0; r < tp(); ++r)
-    from_siblings.erase(
-        {walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)});
+void BlockRunner::State::drop_partials() {
+  exchanged.clear();
   own_partial = {};
+}
+
+// The exchange whose siblings' side a stage needs, if any.
+std::optional<uint32_t> BlockRunner::State::exchange_before(Stage next) const {
+  switch (next) {
+  case Stage::finish_attention:
+    return kAttentionPartial;
+  case Stage::finish_ffn:
+    return kFfnPartial;
+  case Stage::combine:
+    if (tp() > 1 && now().weights->ffn_is_cut && now().weights->shared.gate.n > 0)
+      return kFfnPartial;
+    return std::nullopt;
+  case Stage::gather:
+    return kGathered;
+  case Stage::attention:
+  case Stage::shared:
+    break;
+  }
+  return std::nullopt;
 }
 
 bool BlockRunner::State::have_all(uint32_t exchange) const {
@@ -421,6 +444,30 @@ bool BlockRunner::State::have_all(uint32_t exchange) const {
                                                    exchange, context.sibling(r)}))
       return false;
   return true;
+}
+
+// Hands the siblings' side to the next job. Errc::malformed when a sibling sent another size.
+caf::error BlockRunner::State::take_exchange(uint32_t exchange) {
+  exchanged.clear();
+  for (int r = 0; r < tp(); ++r) {
+    BufferRef theirs;
+    if (r != tp_rank()) {
+      theirs = std::move(
+          from_siblings
+              .extract({walk.id, static_cast<uint32_t>(now().layer), exchange, context.sibling(r)})
+              .mapped());
+      const bool rows = exchange == kGathered;
+      const int64_t n = rows ? share_begin(r + 1) - share_begin(r) : num_rows();
+      const auto expected = static_cast<size_t>(n * hidden() * size_of(rows ? a() : DType::f32));
+      if ((theirs ? theirs->size() : 0) != expected)
+        return make_error(Errc::malformed,
+                          fmt::format("partial from rank {} has {} bytes, expected {}",
+                                      context.sibling(r).value, theirs ? theirs->size() : 0,
+                                      expected));
+    }
+    exchanged.push_back(std::move(theirs));
+  }
+  return {};
 }
 
 // ---- the actor's side -------------------------------------------------------------------------
@@ -468,11 +515,20 @@ void BlockRunner::start(Walk walk, std::function<void(const caf::error&)> done) 
   s.block = 0;
   s.stage = Stage::attention;
   s.error = {};
+  s.bad_answer = {};
+  s.collecting = false;
   start_stage_job();
 }
 
 void BlockRunner::start_stage_job() {
   auto& s = *state_;
+  if (const auto exchange = s.exchange_before(s.stage)) {
+    if (auto error = s.take_exchange(*exchange)) {
+      finish(error);
+      return;
+    }
+  }
+  s.collecting = s.collecting && s.stage != Stage::combine;
   s.job_running = true;
   const char* name = s.stage == Stage::shared ? "shared experts" : "trunk";
   run_job(
@@ -525,6 +581,8 @@ void BlockRunner::send_partials(const BufferRef& own, uint32_t exchange) {
 void BlockRunner::send_dispatches() {
   auto& s = *state_;
   s.answers_missing = s.answers.size();
+  s.collecting = true;
+  s.collected_layer = static_cast<uint32_t>(s.now().layer);
   s.sent_at = s.context.clock->now();
   for (auto& [to, answer] : s.answers) {
     WireHeader header;
@@ -548,8 +606,8 @@ void BlockRunner::on_envelope(Envelope envelope) {
     maybe_continue();
     return;
   }
-  if (h.kind != WireKind::combine || !s.busy || h.step != s.walk.id ||
-      s.block >= s.walk.blocks.size() || static_cast<int32_t>(h.layer) != s.now().layer)
+  if (h.kind != WireKind::combine || !s.collecting || h.step != s.walk.id ||
+      h.layer != s.collected_layer)
     return;
   const auto answer = s.answers.find(h.source);
   if (answer == s.answers.end() || answer->second.rows)
@@ -558,8 +616,8 @@ void BlockRunner::on_envelope(Envelope envelope) {
       answer_rows(answer->second.table.rows, answer->second.table.entries).size() *
       answer_row_bytes(s.a(), s.hidden());
   if (!envelope.payload || envelope.payload->size() != expected) {
-    if (!s.error)
-      s.error =
+    if (!s.bad_answer)
+      s.bad_answer =
           make_error(Errc::malformed, fmt::format("combine from rank {} has {} bytes, expected {}",
                                                   h.source.value, h.payload_bytes, expected));
   }
@@ -567,7 +625,7 @@ void BlockRunner::on_envelope(Envelope envelope) {
   --s.answers_missing;
   if (s.answers_missing == 0 && s.context.trace)
     s.context.trace->add(
-        {"dispatch to combine", "wire", s.sent_at, s.context.clock->now(), s.now().layer});
+        {"dispatch to combine", "wire", s.sent_at, s.context.clock->now(), s.collected_layer});
   maybe_continue();
 }
 
@@ -575,31 +633,14 @@ void BlockRunner::maybe_continue() {
   auto& s = *state_;
   if (!s.busy || s.job_running)
     return;
-  if (s.error) {
-    finish(s.error);
+  if (s.bad_answer) {
+    finish(s.bad_answer);
     return;
   }
-  const bool cut_shared =
-      s.tp() > 1 && s.now().weights->ffn_is_cut && s.now().weights->shared.gate.n > 0;
-  bool ready = false;
-  switch (s.stage) {
-  case Stage::finish_attention:
-    ready = s.have_all(kAttentionPartial);
-    break;
-  case Stage::finish_ffn:
-    ready = s.have_all(kFfnPartial);
-    break;
-  case Stage::combine:
-    ready = s.answers_missing == 0 && (!cut_shared || s.have_all(kFfnPartial));
-    break;
-  case Stage::gather:
-    ready = s.have_all(kGathered);
-    break;
-  case Stage::attention:
-  case Stage::shared:
-    break;
-  }
-  if (ready)
+  if (s.stage == Stage::combine && s.answers_missing > 0)
+    return;
+  const auto exchange = s.exchange_before(s.stage);
+  if (!exchange || s.have_all(*exchange))
     start_stage_job();
 }
 
@@ -610,6 +651,8 @@ void BlockRunner::finish(const caf::error& error) {
   std::erase_if(s.from_siblings,
                 [&](const auto& kept) { return std::get<0>(kept.first) <= s.last_walk; });
   s.answers.clear();
+  s.collecting = false;
+  s.exchanged.clear();
   s.walk = {};
   const auto done = std::move(s.done);
   s.done = nullptr;
