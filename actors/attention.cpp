@@ -10,11 +10,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace troupe {
 
 namespace {
 
+// Steps in flight at most: step ids tell lanes apart, on siblings as on the leader.
+constexpr size_t kLanes = 2;
 // Rows of logits computed at once: bounds memory, and long enough to use the cores well.
 constexpr int64_t kLogitRows = 64;
 // Rows a client may leave untaken before its request pauses.
@@ -155,8 +158,13 @@ namespace {
 
 using Self = Attention::stateful_pointer<AttentionState>;
 using Step = AttentionState::Step;
+using Lane = AttentionState::Lane;
 
 void continue_work(Self self);
+
+Lane& lane_of(AttentionState& state, uint64_t step) {
+  return state.lanes[step % kLanes % state.lanes.size()];
+}
 
 bool leads(const AttentionState& state) { return state.context->me().tp_rank == 0; }
 
@@ -256,7 +264,7 @@ void retire(AttentionState& state, Sequence* seq, const std::string& reason,
   if (state.parts.mtp_cache)
     for (int32_t r = 0; r < state.context->tp(); ++r)
       state.context->postman->tell(state.context->sibling(r), Route::mtp,
-                                   ForgetSequence{seq->request.id, state.drafted_step});
+                                   ForgetSequence{seq->request.id, state.last_pass});
   state.free_pages.insert(state.free_pages.end(), seq->pages.begin(), seq->pages.end());
   std::erase_if(state.active, [&](const auto& s) { return s.get() == seq; });
 }
@@ -307,19 +315,25 @@ void want_logits(const Sequence& seq, size_t index, const Step::Mine& mine,
   }
 }
 
-// The leader's next step, or null when there is nothing to do.
-std::shared_ptr<Step> plan_step(AttentionState& state) {
+// The leader's next step for `lane`, or null when there is nothing to do.
+std::shared_ptr<Step> plan_step(AttentionState& state, Lane& lane) {
   std::vector<BatchItem> items;
   for (const auto& seq : state.active)
     items.push_back({static_cast<int64_t>(seq->tokens.size()), seq->prompt_length, seq->computed,
                      static_cast<int64_t>(seq->drafts.size()),
-                     seq->unacknowledged > kUnacknowledgedBytes});
+                     seq->in_flight || seq->unacknowledged > kUnacknowledgedBytes});
   const auto& limits = state.context->limits;
-  const auto batch = plan_batch(items, {limits.batch, limits.prefill_chunk});
+  int64_t rows_in_flight = 0;
+  for (const auto& other : state.lanes)
+    rows_in_flight +=
+        other.step ? other.step->num_rows() : static_cast<int64_t>(other.sequences.size());
+  const auto batch = take_micro_batch(plan_batch(items, {limits.batch, limits.prefill_chunk}),
+                                      rows_in_flight, state.overlap_rows);
   if (batch.empty())
     return nullptr;
   auto step = std::make_shared<Step>();
-  step->plan.id = state.next_step++;
+  step->plan.id = lane.next_step;
+  lane.next_step += kLanes;
   int64_t row = 0;
   for (const auto& rows : batch) {
     Sequence& seq = *state.active[static_cast<size_t>(rows.item)];
@@ -338,6 +352,7 @@ std::shared_ptr<Step> plan_step(AttentionState& state) {
     step->capture_for.push_back(seq.request.spec.hidden_states ? &seq : nullptr);
     step->plan.sequences.push_back(std::move(plan));
     row += rows.num_rows;
+    seq.in_flight = true;
     ++seq.steps;
   }
   return step;
@@ -440,18 +455,17 @@ std::string settle(AttentionState& state, Step& step, size_t index) {
   return reason;
 }
 
-// Hands the step's confirmed rows to the MTP actor; true when drafts will come.
+// Hands the step's confirmed rows to the MTP actors; true when drafts will come.
 bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
   if (!state.parts.mtp_cache)
     return false;
-  DraftWork work;
-  work.step = step->plan.id;
-  work.hidden = step->hidden;
+  DraftWork work{step->plan.id, step->hidden, {}};
   if (!leads(state)) {
     state.context->postman->tell(state.context->self, Route::mtp, std::move(work));
     return false;
   }
-  work.plan.step = step->plan.id;
+  DraftPlan pass;
+  pass.step = step->plan.id;
   for (size_t i = 0; i < step->mine.size(); ++i) {
     Sequence* seq = step->mine[i].sequence;
     if (seq == nullptr || seq->request.spec.speculate == 0)
@@ -474,23 +488,32 @@ bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
     const auto count = std::min<int64_t>(known - plan.first_position - 1,
                                          draft.num_rows + state.context->limits.max_speculate);
     draft.next_tokens.assign(from, from + count);
-    work.plan.num_modules = std::max(work.plan.num_modules, seq->request.spec.speculate);
-    work.plan.sequences.push_back(std::move(draft));
+    pass.num_modules = std::max(pass.num_modules, seq->request.spec.speculate);
+    pass.sequences.push_back(std::move(draft));
     work.sampling.push_back({seq->request.spec.sampling, seq->counts});
   }
-  for (int32_t r = 1; r < state.context->tp(); ++r)
-    state.context->postman->tell(state.context->sibling(r), Route::mtp, work.plan);
-  if (work.plan.sequences.empty())
+  if (pass.sequences.empty() && state.context->tp() == 1)
     return false;
-  state.drafted_step = work.step;
+  pass.pass = ++state.last_pass;
+  for (int32_t r = 0; r < state.context->tp(); ++r)
+    state.context->postman->tell(state.context->sibling(r), Route::mtp, pass);
   state.context->postman->tell(state.context->self, Route::mtp, std::move(work));
   return true;
 }
 
-void step_ended(Self self, const caf::error& error) {
+// Sequences that no step and no draft needs any more are free for the next step; those that their
+// clients gave up end here.
+void release(AttentionState& state, Lane& lane) {
+  for (Sequence* seq : std::exchange(lane.sequences, {})) {
+    seq->in_flight = false;
+    if (seq->cancelled)
+      retire(state, seq, "cancelled");
+  }
+}
+
+void step_ended(Self self, Lane& lane, const caf::error& error) {
   auto& state = self->state;
-  const auto step = std::move(state.step);
-  state.step = nullptr;
+  const auto step = std::exchange(lane.step, nullptr);
   if (error) {
     // Siblings can't be brought back to a common state from here: the rank says so and the run
     // ends with this cause.
@@ -502,7 +525,7 @@ void step_ended(Self self, const caf::error& error) {
   }
   for (auto& rows : step->captured)
     for (auto& mine : step->mine)
-      if (mine.sequence && mine.sequence->request.id == rows.id) {
+      if (mine.sequence->request.id == rows.id) {
         send_rows(state, *mine.sequence, std::move(rows));
         break;
       }
@@ -511,73 +534,85 @@ void step_ended(Self self, const caf::error& error) {
     auto reason = settle(state, *step, i);
     if (seq->cancelled)
       reason = "cancelled";
-    if (reason.empty())
+    if (reason.empty()) {
+      lane.sequences.push_back(seq);
       continue;
+    }
     retire(state, seq, reason);
     step->mine[i].sequence = nullptr;
   }
-  state.drafting = start_drafting(state, step);
+  lane.drafting = start_drafting(state, step);
+  if (!lane.drafting)
+    release(state, lane);
   continue_work(self);
 }
 
-void start_walk(Self self, std::shared_ptr<Step> step) {
+void start_walk(Self self, Lane& lane, std::shared_ptr<Step> step) {
   auto& state = self->state;
   step->context = state.context;
   step->parts = state.parts;
   step->trunk = state.trunk;
-  step->x = state.runner->x();
+  step->x = lane.runner->x();
   if (step->capture_for.empty())
     step->capture_for.resize(step->plan.sequences.size(), nullptr);
   auto walk = make_walk(state, step);
   const auto bytes = static_cast<size_t>(walk.rows.num_rows * state.context->config.hidden_size *
                                          size_of(state.context->arithmetic.activations));
-  state.step = step;
+  lane.step = step;
   auto hidden = state.context->fabric->pool().acquire(bytes);
   if (!hidden) {
-    step_ended(self, hidden.error());
+    step_ended(self, lane, hidden.error());
     return;
   }
   step->hidden = std::move(*hidden);
   if (leads(state))
     for (int32_t r = 1; r < state.context->tp(); ++r)
       state.context->postman->tell(state.context->sibling(r), Route::attention, step->plan);
-  state.runner->start(std::move(walk),
-                      [self](const caf::error& error) { step_ended(self, error); });
+  lane.runner->start(std::move(walk),
+                     [self, &lane](const caf::error& error) { step_ended(self, lane, error); });
 }
 
-// Starts the next step if none is under way.
-void continue_work(Self self) {
+void continue_lane(Self self, Lane& lane) {
   auto& state = self->state;
-  if (state.step || state.drafting)
+  if (lane.step || lane.drafting)
     return;
-  if (!leads(state)) {
-    if (state.plans.empty())
-      return;
-    auto step = std::make_shared<Step>();
-    step->plan = std::move(state.plans.front());
-    state.plans.pop_front();
-    start_walk(self, std::move(step));
+  if (leads(state)) {
+    if (auto step = plan_step(state, lane))
+      start_walk(self, lane, std::move(step));
     return;
   }
-  admit(state);
-  if (auto step = plan_step(state))
-    start_walk(self, std::move(step));
+  if (lane.plans.empty())
+    return;
+  auto step = std::make_shared<Step>();
+  step->plan = std::move(lane.plans.front());
+  lane.plans.pop_front();
+  start_walk(self, lane, std::move(step));
+}
+
+// Starts what can start.
+void continue_work(Self self) {
+  auto& state = self->state;
+  if (leads(state))
+    admit(state);
+  for (auto& lane : state.lanes)
+    continue_lane(self, lane);
 }
 
 void take_drafts(Self self, const Drafts& drafts) {
   auto& state = self->state;
-  state.drafting = false;
+  auto& lane = lane_of(state, drafts.step);
+  lane.drafting = false;
   for (const auto& [request, tokens] : drafts.tokens)
-    for (auto& seq : state.active)
+    for (Sequence* seq : lane.sequences)
       if (seq->request.id == request) {
         seq->drafts = tokens;
         seq->drafted += static_cast<int64_t>(tokens.size());
       }
+  release(state, lane);
   continue_work(self);
 }
 
-void cancel(Self self, RequestId id) {
-  auto& state = self->state;
+void cancel(AttentionState& state, RequestId id) {
   for (auto it = state.queue.begin(); it != state.queue.end(); ++it)
     if (it->id == id) {
       refuse(state, *it, Errc::cancelled, "cancelled by the client");
@@ -587,25 +622,12 @@ void cancel(Self self, RequestId id) {
   for (auto& seq : state.active) {
     if (seq->request.id != id)
       continue;
-    seq->cancelled = true; // at the end of its step, if it is in one
-    const bool in_step =
-        state.step && std::any_of(state.step->mine.begin(), state.step->mine.end(),
-                                  [&](const auto& m) { return m.sequence == seq.get(); });
-    if (!in_step && !state.drafting)
+    if (seq->in_flight)
+      seq->cancelled = true; // ends with its step
+    else
       retire(state, seq.get(), "cancelled");
     return;
   }
-}
-
-// A cancelled request that sat out a step or a draft.
-void retire_cancelled(AttentionState& state) {
-  if (state.step || state.drafting)
-    return;
-  for (size_t i = 0; i < state.active.size();)
-    if (state.active[i]->cancelled)
-      retire(state, state.active[i].get(), "cancelled");
-    else
-      ++i;
 }
 
 } // namespace
@@ -616,13 +638,23 @@ Attention::behavior_type attention(Self self, const RankContext* context, TrunkP
   state.context = context;
   state.parts = std::move(parts);
   state.trunk = std::move(trunk);
-  state.runner =
-      std::make_unique<BlockRunner>(*context, state.trunk, Route::attention, self->address());
+  const bool alone = context->view->members.size() == 1; // no wire, nothing to wait for
+  state.overlap_rows = alone ? 0 : context->limits.overlap_rows;
+  state.lanes.resize(state.overlap_rows > 0 ? kLanes : 1);
+  for (size_t i = 0; i < state.lanes.size(); ++i) {
+    state.lanes[i].next_step = kLanes + i;
+    state.lanes[i].runner =
+        std::make_unique<BlockRunner>(*context, state.trunk, Route::attention, self->address());
+  }
   for (int64_t p = state.parts.cache->num_pages(); p > 0; --p)
     state.free_pages.push_back(static_cast<int32_t>(p - 1));
   return {
-      [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
-      [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
+      [=](Envelope& envelope) {
+        lane_of(self->state, envelope.header.step).runner->on_envelope(std::move(envelope));
+      },
+      [=](const JobDone& done) {
+        lane_of(self->state, done.ticket).runner->on_job_done(done.ticket);
+      },
       [=](RunRequest& request) {
         auto& s = self->state;
         const auto [code, why] = check(s, request.spec);
@@ -634,13 +666,10 @@ Attention::behavior_type attention(Self self, const RankContext* context, TrunkP
         continue_work(self);
       },
       [=](StepPlan& plan) {
-        self->state.plans.push_back(std::move(plan));
+        lane_of(self->state, plan.id).plans.push_back(std::move(plan));
         continue_work(self);
       },
-      [=](const Drafts& drafts) {
-        take_drafts(self, drafts);
-        retire_cancelled(self->state);
-      },
+      [=](const Drafts& drafts) { take_drafts(self, drafts); },
       [=](const RowsTaken& taken) {
         for (auto& seq : self->state.active)
           if (seq->request.id == taken.id)
@@ -648,8 +677,7 @@ Attention::behavior_type attention(Self self, const RankContext* context, TrunkP
         continue_work(self);
       },
       [=](const CancelRequest& request) {
-        cancel(self, request.id);
-        retire_cancelled(self->state);
+        cancel(self->state, request.id);
         continue_work(self);
       },
   };

@@ -6,6 +6,8 @@
 //                           │       no speculation                              │
 //                           └──────────────────────────▶ walking, or idle when nothing is left
 //
+// Two such lanes run side by side once a step would be large enough: while one waits for the wire,
+// the other computes.
 // A step is a list of (request, positions), prefill and decode mixed (actors/batching.hpp). What a
 // request gets never depends on the others in its steps. Siblings of a TP group run the leader's
 // steps in the order of their ids and decide nothing.
@@ -58,6 +60,7 @@ struct Sequence {
   std::string tail;                       // text that a stop string may still begin in
   int64_t drafted = 0, accepted = 0, steps = 0;
   int64_t unacknowledged = 0; // bytes of rows sent and not yet taken
+  bool in_flight = false;     // in a step, or waiting for drafts
   bool cancelled = false;
   Nanoseconds started{0}, first_token{0};
 };
@@ -67,16 +70,22 @@ struct AttentionState {
   const RankContext* context = nullptr; // not owned; outlives the actor
   TrunkParts parts;
   std::shared_ptr<Trunk> trunk;
-  std::unique_ptr<BlockRunner> runner;
-  uint64_t next_step = 1;
-  uint64_t drafted_step = 0; // the last one that drafts were asked for
-  bool drafting = false;
   struct Step;
-  std::shared_ptr<Step> step;                    // the one under way
+  // Up to two steps are in flight, each on a lane of its own.
+  struct Lane {
+    std::unique_ptr<BlockRunner> runner;
+    uint64_t next_step = 0;
+    std::shared_ptr<Step> step;       // the one under way
+    bool drafting = false;            // its step is over, drafts are still to come
+    std::vector<Sequence*> sequences; // leader: those of the step that ended, until drafts are in
+    std::deque<StepPlan> plans;       // sibling: steps to run
+  };
+  std::vector<Lane> lanes; // never resized once the actor runs
+  int64_t overlap_rows = 0;
+  uint64_t last_pass = 0;                        // of the MTP modules, asked for
   std::vector<std::unique_ptr<Sequence>> active; // oldest first
   std::deque<RunRequest> queue;                  // waiting for cache pages
   std::vector<int32_t> free_pages;
-  std::deque<StepPlan> plans; // sibling: steps to run
 };
 
 Attention::behavior_type attention(Attention::stateful_pointer<AttentionState> self,

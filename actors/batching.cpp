@@ -26,4 +26,23 @@ std::vector<BatchRows> plan_batch(std::span<const BatchItem> items, const BatchL
   return step;
 }
 
+std::vector<BatchRows> take_micro_batch(std::vector<BatchRows> batch, int64_t rows_in_flight,
+                                        int64_t overlap_rows) {
+  int64_t total = rows_in_flight;
+  for (const auto& rows : batch)
+    total += rows.num_rows;
+  if (overlap_rows == 0 || total < overlap_rows) {
+    if (rows_in_flight > 0)
+      batch.clear();
+    return batch;
+  }
+  const int64_t target = (total + 1) / 2;
+  int64_t taken = 0;
+  size_t count = 0;
+  while (count < batch.size() && (count == 0 || taken + batch[count].num_rows <= target))
+    taken += batch[count++].num_rows;
+  batch.resize(count);
+  return batch;
+}
+
 } // namespace troupe

@@ -482,29 +482,9 @@ bool BlockRunner::busy() const { return state_->busy; }
 
 MutableRows BlockRunner::x() const { return state_->x(); }
 
-void BlockRunner::run_job(const char* name, Job job, std::function<void()> done) {
-  const uint64_t ticket = next_ticket_++;
-  jobs_.emplace(ticket, std::move(done));
-  auto* trace = state_->context.trace;
-  const int64_t layer =
-      state_->busy && state_->block < state_->walk.blocks.size() ? state_->now().layer : -1;
-  state_->context.stream->start(
-      name, std::move(job),
-      [handle = caf::actor_cast<caf::actor>(self_), ticket, trace, name,
-       layer](const JobTiming& timing) {
-        if (trace)
-          trace->add({name, "compute", timing.started, timing.finished, layer});
-        caf::anon_send(handle, JobDone{ticket});
-      });
-}
-
-void BlockRunner::on_job_done(uint64_t ticket) {
-  const auto job = jobs_.find(ticket);
-  if (job == jobs_.end())
-    return;
-  const auto done = std::move(job->second);
-  jobs_.erase(job);
-  done();
+void BlockRunner::on_job_done(uint64_t walk) {
+  if (state_->job_running && state_->walk.id == walk)
+    after_stage_job();
 }
 
 void BlockRunner::start(Walk walk, std::function<void(const caf::error&)> done) {
@@ -531,9 +511,15 @@ void BlockRunner::start_stage_job() {
   s.collecting = s.collecting && s.stage != Stage::combine;
   s.job_running = true;
   const char* name = s.stage == Stage::shared ? "shared experts" : "trunk";
-  run_job(
+  const int64_t layer = s.block < s.walk.blocks.size() ? s.now().layer : -1;
+  s.context.stream->start(
       name, [state = state_](Workers& workers) { state->run_stage(workers); },
-      [this] { after_stage_job(); });
+      [handle = caf::actor_cast<caf::actor>(self_), trace = s.context.trace, name, layer,
+       walk = s.walk.id](const JobTiming& timing) {
+        if (trace)
+          trace->add({name, "compute", timing.started, timing.finished, layer});
+        caf::anon_send(handle, JobDone{walk});
+      });
 }
 
 void BlockRunner::after_stage_job() {

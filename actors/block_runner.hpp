@@ -52,7 +52,7 @@ struct Walk {
 
 class BlockRunner {
 public:
-  // Jobs' ends come to `self` as JobDone, which it hands to on_job_done.
+  // Jobs' ends come to `self` as JobDone, whose ticket it hands to on_job_done.
   BlockRunner(const RankContext& context, std::shared_ptr<Trunk> trunk, Route route,
               caf::actor_addr self);
   ~BlockRunner();
@@ -62,12 +62,9 @@ public:
   // Starts a walk; `done` is called on the actor's thread, with an error when memory or a peer
   // failed. Not while busy.
   void start(Walk walk, std::function<void(const caf::error&)> done);
-  // Runs a job of the owner's on the stream, in turn with the walk's.
-  void run_job(const char* name, Job job, std::function<void()> done);
 
-  // Messages of this route. True when it was one of the walk's.
   void on_envelope(Envelope envelope);
-  void on_job_done(uint64_t ticket);
+  void on_job_done(uint64_t walk);
 
 private:
   struct State;
@@ -80,8 +77,6 @@ private:
 
   std::shared_ptr<State> state_;
   caf::actor_addr self_; // weak: the owner owns this
-  uint64_t next_ticket_ = 1;
-  std::map<uint64_t, std::function<void()>> jobs_;
 };
 
 // A combine answer's row stride.

@@ -169,7 +169,8 @@ struct SequencePlan {
   std::vector<int32_t> tokens; // one per row
   std::vector<int32_t> pages;
 };
-// Command, TP leader -> siblings: run this step. Steps run in the order of their ids.
+// Command, TP leader -> siblings: run this step. Even and odd ids are the two micro-batches in
+// flight; each runs its steps in the order of their ids.
 struct StepPlan {
   uint64_t id = 0;
   std::vector<SequencePlan> sequences;
@@ -185,28 +186,30 @@ struct DraftSequence {
   std::vector<int32_t> pages;
   int32_t depth = 0; // tokens to draft now; 0: only keep the modules' caches up
 };
-// Command, MTP leader -> sibling MTPs: the same work. Then, between modules, DraftTokens.
+// Command, TP leader -> MTPs of the group: a pass. Then, between modules, DraftTokens from the
+// leader's MTP to its siblings'.
 struct DraftPlan {
-  uint64_t step = 0;
+  uint64_t pass = 0; // passes run in the order of their numbers
+  uint64_t step = 0; // whose hidden states they read
   int32_t num_modules = 0;
   std::vector<DraftSequence> sequences;
 };
 struct DraftTokens {
-  uint64_t step = 0;
+  uint64_t pass = 0;
   int32_t module = 0;
   std::vector<int32_t> tokens; // per sequence of the plan; -1 where none
 };
-// The request is over: forget its drafting state once step `after_step` has been drafted for.
+// The request is over: forget its drafting state once pass `after_pass` is over.
 struct ForgetSequence {
   RequestId request;
-  uint64_t after_step = 0;
+  uint64_t after_pass = 0;
 };
 
 // ---- local only -----------------------------------------------------------------------------
 
 // A job of this actor's compute stream has ended.
 struct JobDone {
-  uint64_t ticket = 0;
+  uint64_t ticket = 0; // the actor's own; a walk's id in attention and MTP
 };
 
 // News for the supervisor, from the fabric.
@@ -223,12 +226,12 @@ struct DraftSampling {
   SamplingParams params;
   TokenCounts counts;
 };
-// Command attention -> MTP of the same rank. Answer: Drafts to the attention actor (leader only).
+// Command attention -> MTP of the same rank: what the plan that names this step will need. Answer:
+// Drafts to the attention actor (leader only).
 struct DraftWork {
   uint64_t step = 0;
-  BufferRef hidden; // [rows of the step, hidden_size] in A, after the final norm
-  DraftPlan plan;   // empty on a sibling: it waits for the leader's
-  std::vector<DraftSampling> sampling;
+  BufferRef hidden;                    // [rows of the step, hidden_size] in A, after the final norm
+  std::vector<DraftSampling> sampling; // per sequence of the plan; empty on a sibling
 };
 struct Drafts {
   uint64_t step = 0;
@@ -344,15 +347,15 @@ typename Inspector::result_type inspect(Inspector& f, DraftSequence& x) {
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, DraftPlan& x) {
-  return f(caf::meta::type_name("DraftPlan"), x.step, x.num_modules, x.sequences);
+  return f(caf::meta::type_name("DraftPlan"), x.pass, x.step, x.num_modules, x.sequences);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, DraftTokens& x) {
-  return f(caf::meta::type_name("DraftTokens"), x.step, x.module, x.tokens);
+  return f(caf::meta::type_name("DraftTokens"), x.pass, x.module, x.tokens);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, ForgetSequence& x) {
-  return f(caf::meta::type_name("ForgetSequence"), x.request, x.after_step);
+  return f(caf::meta::type_name("ForgetSequence"), x.request, x.after_pass);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, JobDone& x) {

@@ -9,8 +9,8 @@ namespace troupe {
 
 namespace {
 
-// Walks are numbered so that siblings agree and numbers grow: 64 per step are more than modules.
-constexpr uint64_t kWalksPerStep = 64;
+// Walks are numbered so that siblings agree and numbers grow: 64 per pass are more than modules.
+constexpr uint64_t kWalksPerPass = 64;
 
 } // namespace
 
@@ -25,6 +25,7 @@ struct MtpState::Pass {
   const RankContext* context = nullptr;
   TrunkParts parts;
   std::shared_ptr<Trunk> trunk;
+  DraftPlan plan;
   DraftWork work;
   std::vector<DraftProgress> progress;      // per sequence, taken out of the actor's map
   std::vector<std::vector<int32_t>> drafts; // per sequence
@@ -44,16 +45,16 @@ struct MtpState::Pass {
   }
   // The token at a position after the sequence's first row: known, or drafted.
   [[nodiscard]] int32_t token_at(size_t s, int64_t position) const {
-    const auto& q = work.plan.sequences[s];
+    const auto& q = plan.sequences[s];
     const auto i = static_cast<size_t>(position - q.first_position - 1);
     return i < q.next_tokens.size() ? q.next_tokens[i] : drafts[s][i - q.next_tokens.size()];
   }
   [[nodiscard]] int64_t known(size_t s) const {
-    const auto& q = work.plan.sequences[s];
+    const auto& q = plan.sequences[s];
     return q.first_position + 1 + static_cast<int64_t>(q.next_tokens.size());
   }
   [[nodiscard]] int64_t end_row(size_t s) const {
-    return work.plan.sequences[s].first_position + work.plan.sequences[s].num_rows;
+    return plan.sequences[s].first_position + plan.sequences[s].num_rows;
   }
   [[nodiscard]] const std::byte* state_before(size_t s, int64_t position) const;
   void plan_module();
@@ -65,7 +66,7 @@ struct MtpState::Pass {
 
 // Where module k-1 left its state at a position.
 const std::byte* MtpState::Pass::state_before(size_t s, int64_t position) const {
-  const auto& q = work.plan.sequences[s];
+  const auto& q = plan.sequences[s];
   if (module == 0)
     return work.hidden->data() +
            static_cast<size_t>(q.first_row + position - q.first_position) * row_size();
@@ -82,8 +83,8 @@ void MtpState::Pass::plan_module() {
   ranges.clear();
   tokens.clear();
   int64_t row = 0;
-  for (size_t s = 0; s < work.plan.sequences.size(); ++s) {
-    const auto& q = work.plan.sequences[s];
+  for (size_t s = 0; s < plan.sequences.size(); ++s) {
+    const auto& q = plan.sequences[s];
     const auto known_now = known(s) + static_cast<int64_t>(drafts[s].size());
     Range range;
     range.begin =
@@ -120,7 +121,7 @@ void MtpState::Pass::epilogue(Workers& workers) {
   output.resize(tokens.size() * row_size());
   trunk->mtp_head_norm(weights_module(), n, {x.data, x.dtype, x.stride}, {output.data(), a, hidden},
                        workers);
-  sampled.assign(work.plan.sequences.size(), -1);
+  sampled.assign(plan.sequences.size(), -1);
   if (!work.sampling.empty())
     sample_drafts(workers);
 }
@@ -131,7 +132,7 @@ void MtpState::Pass::sample_drafts(Workers& workers) {
   std::vector<size_t> wanted;
   std::vector<std::byte> rows;
   for (size_t s = 0; s < ranges.size(); ++s) {
-    if (work.plan.sequences[s].depth <= module || ranges[s].end == ranges[s].begin)
+    if (plan.sequences[s].depth <= module || ranges[s].end == ranges[s].begin)
       continue;
     const auto last = static_cast<size_t>(ranges[s].row + ranges[s].end - ranges[s].begin - 1);
     rows.insert(rows.end(), output.begin() + static_cast<std::ptrdiff_t>(last * row_size()),
@@ -191,7 +192,7 @@ bool leads(const MtpState& state) { return state.context->me().tp_rank == 0; }
 
 void forget(MtpState& state) {
   std::erase_if(state.to_forget, [&](const ForgetSequence& f) {
-    if (f.after_step > state.last_step)
+    if (f.after_pass > state.last_pass)
       return false;
     state.progress.erase(f.request);
     return true;
@@ -203,14 +204,14 @@ void end_pass(Self self) {
   const auto pass = std::move(state.pass);
   state.pass = nullptr;
   for (size_t s = 0; s < pass->progress.size(); ++s)
-    state.progress[pass->work.plan.sequences[s].request] = std::move(pass->progress[s]);
-  state.last_step = pass->work.step;
+    state.progress[pass->plan.sequences[s].request] = std::move(pass->progress[s]);
+  state.last_pass = pass->plan.pass;
   forget(state);
   if (leads(state)) {
     Drafts drafts;
     drafts.step = pass->work.step;
     for (size_t s = 0; s < pass->drafts.size(); ++s)
-      drafts.tokens.emplace_back(pass->work.plan.sequences[s].request, std::move(pass->drafts[s]));
+      drafts.tokens.emplace_back(pass->plan.sequences[s].request, std::move(pass->drafts[s]));
     state.context->postman->tell(state.context->self, Route::attention, std::move(drafts));
   }
   start_next(self);
@@ -223,7 +224,7 @@ void next_module(Self self, const std::vector<int32_t>& sampled) {
     if (sampled[s] >= 0)
       pass.drafts[s].push_back(sampled[s]);
   ++pass.module;
-  if (pass.module >= pass.work.plan.num_modules)
+  if (pass.module >= pass.plan.num_modules)
     return end_pass(self);
   run_module(self);
 }
@@ -242,10 +243,10 @@ void module_done(Self self, const caf::error& error) {
   if (leads(state)) {
     for (int32_t r = 1; r < state.context->tp(); ++r)
       state.context->postman->tell(state.context->sibling(r), Route::mtp,
-                                   DraftTokens{pass.work.step, pass.module, pass.sampled});
+                                   DraftTokens{pass.plan.pass, pass.module, pass.sampled});
     return next_module(self, std::vector<int32_t>{pass.sampled});
   }
-  const auto drafts = state.leader_drafts.find({pass.work.step, pass.module});
+  const auto drafts = state.leader_drafts.find({pass.plan.pass, pass.module});
   if (drafts == state.leader_drafts.end())
     return; // goes on when they come
   const auto tokens = std::move(drafts->second);
@@ -263,15 +264,15 @@ void run_module(Self self) {
     return module_done(self, {});
   }
   Walk walk;
-  walk.id = pass->work.step * kWalksPerStep + static_cast<uint64_t>(pass->module) + 1;
+  walk.id = pass->plan.pass * kWalksPerPass + static_cast<uint64_t>(pass->module) + 1;
   walk.rows.num_rows = static_cast<int64_t>(pass->tokens.size());
-  for (const auto& q : pass->work.plan.sequences)
+  for (const auto& q : pass->plan.sequences)
     walk.pages.push_back(q.pages);
   for (size_t s = 0; s < pass->ranges.size(); ++s) {
     const auto& range = pass->ranges[s];
     const int64_t n = range.end - range.begin;
     const int64_t in_prompt =
-        std::clamp<int64_t>(pass->work.plan.sequences[s].prompt_length - range.begin, 0, n);
+        std::clamp<int64_t>(pass->plan.sequences[s].prompt_length - range.begin, 0, n);
     const auto first = static_cast<int32_t>(range.begin);
     if (in_prompt > 0)
       walk.rows.prompt.push_back({range.row, in_prompt, first, walk.pages[s].data()});
@@ -291,7 +292,7 @@ void run_module(Self self) {
                       [self](const caf::error& error) { module_done(self, error); });
 }
 
-void start_pass(Self self, DraftWork work) {
+void start_pass(Self self, DraftPlan plan, DraftWork work) {
   auto& state = self->state;
   auto pass = std::make_shared<MtpState::Pass>();
   pass->context = state.context;
@@ -299,37 +300,34 @@ void start_pass(Self self, DraftWork work) {
   pass->trunk = state.trunk;
   pass->x = state.runner->x();
   const auto depths = static_cast<size_t>(state.context->limits.max_speculate);
-  for (const auto& q : work.plan.sequences) {
+  for (const auto& q : plan.sequences) {
     auto& progress = state.progress[q.request];
     progress.next_row.resize(depths, 0);
     progress.state.resize(depths);
     pass->progress.push_back(std::move(progress));
     pass->drafts.emplace_back();
   }
+  pass->plan = std::move(plan);
   pass->work = std::move(work);
   state.pass = std::move(pass);
-  if (state.pass->work.plan.sequences.empty() || state.pass->work.plan.num_modules == 0)
+  if (state.pass->plan.sequences.empty() || state.pass->plan.num_modules == 0)
     return end_pass(self);
   run_module(self);
 }
 
-// Starts the next waiting work: the leader's is whole, a sibling's needs hidden states and plan.
+// Starts the next pass in order once its hidden states are there.
 void start_next(Self self) {
   auto& state = self->state;
-  if (state.pass || state.works.empty())
+  if (state.pass || state.plans.empty())
     return;
-  if (leads(state)) {
-    auto work = std::move(state.works.front());
-    state.works.pop_front();
-    return start_pass(self, std::move(work));
-  }
-  if (state.plans.empty())
+  const auto found = state.works.find(state.plans.front().step);
+  if (found == state.works.end())
     return;
-  auto work = std::move(state.works.front());
-  state.works.pop_front();
-  work.plan = std::move(state.plans.front()); // both queues hold one entry per step, in order
+  auto plan = std::move(state.plans.front());
   state.plans.pop_front();
-  start_pass(self, std::move(work));
+  auto work = std::move(found->second);
+  state.works.erase(found);
+  start_pass(self, std::move(plan), std::move(work));
 }
 
 } // namespace
@@ -345,7 +343,8 @@ Mtp::behavior_type mtp(Self self, const RankContext* context, TrunkParts parts,
       [=](Envelope& envelope) { self->state.runner->on_envelope(std::move(envelope)); },
       [=](const JobDone& done) { self->state.runner->on_job_done(done.ticket); },
       [=](DraftWork& work) {
-        self->state.works.push_back(std::move(work));
+        const auto step = work.step;
+        self->state.works.emplace(step, std::move(work));
         start_next(self);
       },
       [=](DraftPlan& plan) {
@@ -354,11 +353,11 @@ Mtp::behavior_type mtp(Self self, const RankContext* context, TrunkParts parts,
       },
       [=](DraftTokens& drafts) {
         auto& s = self->state;
-        const bool waiting = s.pass && !s.runner->busy() && s.pass->work.step == drafts.step &&
+        const bool waiting = s.pass && !s.runner->busy() && s.pass->plan.pass == drafts.pass &&
                              s.pass->module == drafts.module;
         if (waiting)
           return next_module(self, drafts.tokens);
-        s.leader_drafts[{drafts.step, drafts.module}] = std::move(drafts.tokens);
+        s.leader_drafts[{drafts.pass, drafts.module}] = std::move(drafts.tokens);
       },
       [=](const ForgetSequence& f) {
         auto& s = self->state;

@@ -47,11 +47,11 @@ struct MtpState {
   struct Pass;
   std::shared_ptr<Pass> pass; // the work under way
   std::map<RequestId, DraftProgress> progress;
-  uint64_t last_step = 0; // drafted for
+  uint64_t last_pass = 0; // that is over
   std::vector<ForgetSequence> to_forget;
-  std::deque<DraftWork> works; // a sibling's: hidden states waiting for their plan
-  std::deque<DraftPlan> plans; // and plans waiting for their hidden states
-  std::map<std::pair<uint64_t, int32_t>, std::vector<int32_t>> leader_drafts; // (step, module)
+  std::map<uint64_t, DraftWork> works; // hidden states waiting for their turn, by step
+  std::deque<DraftPlan> plans;         // passes to run, in order
+  std::map<std::pair<uint64_t, int32_t>, std::vector<int32_t>> leader_drafts; // (pass, module)
 };
 
 Mtp::behavior_type mtp(Mtp::stateful_pointer<MtpState> self, const RankContext* context,

@@ -26,6 +26,7 @@ struct RankLimits {
   int64_t max_context = 0;     // longest sequence
   int64_t max_speculate = 0;   // deepest draft
   int64_t max_queue = 1024;    // requests waiting per attention group
+  int64_t overlap_rows = 64;   // from here on a step becomes two micro-batches; 0: never
   // Rows of the largest walk: a step's prompts, tokens and drafts, and one row that a deeper MTP
   // module may lag behind.
   [[nodiscard]] int64_t max_rows() const { return prefill_chunk + batch * (2 + max_speculate); }

@@ -29,6 +29,7 @@ void apply(const ClusterSpec& spec, SessionOptions& o) {
   o.cluster.limits.kv_tokens = spec.kv_tokens;
   o.cluster.limits.batch = spec.batch;
   o.cluster.limits.prefill_chunk = spec.prefill_chunk;
+  o.cluster.limits.overlap_rows = spec.overlap_rows;
   o.cluster.limits.max_speculate = spec.speculate;
   o.cluster.cluster_token = spec.control.token;
 }

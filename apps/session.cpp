@@ -321,6 +321,14 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
                   "Prompt tokens of one step (default 512)")
       ->check(CLI::Range(1, 65536))
       ->group(arithmetic);
+  command
+      .add_option(
+          "--overlap-rows", o.cluster.limits.overlap_rows,
+          "Cut steps of at least so many rows into two micro-batches in flight, where there "
+          "is a wire to wait for; 0: never")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str()
+      ->group(arithmetic);
   command.add_option("--batch", o.cluster.limits.batch, "Requests of one step (default 16)")
       ->check(CLI::Range(1, 4096))
       ->group(arithmetic);

@@ -229,6 +229,8 @@ ClusterSpec read_spec(const proto::ClusterSpec& m, const Place& place, const fs:
   spec.batch = check.in_range("batch", m.has_batch(), m.batch(), 1, kMany, spec.batch);
   spec.prefill_chunk = check.in_range("prefill_chunk", m.has_prefill_chunk(), m.prefill_chunk(), 1,
                                       kMany, spec.prefill_chunk);
+  spec.overlap_rows = check.in_range("overlap_rows", m.has_overlap_rows(), m.overlap_rows(), 0,
+                                     kMany, spec.overlap_rows);
   spec.threads = check.in_range("threads", m.has_threads(), m.threads(), 0, 4096, 0);
   spec.fabric = check.one_of("fabric", m.has_fabric(), m.fabric(), {"ucx", "loopback"}, "ucx");
   spec.backend = m.backend();

@@ -35,6 +35,7 @@ struct ClusterSpec {
   int64_t kv_tokens = 16384; // per attention group
   int32_t batch = 16;
   int32_t prefill_chunk = 256;
+  int32_t overlap_rows = 64;
   int32_t threads = 0; // per rank; 0: the host's cores divided by its ranks
   std::string fabric = "ucx";
   std::string backend; // "": the fastest that every rank has

@@ -144,6 +144,13 @@ std::vector<Factor> factors() {
       o.shape.placement_seed = seed;
     };
   };
+  const auto overlap = [](int64_t rows, int32_t tp) {
+    return [=](ClusterOptions& o, RequestSpec& s) {
+      shape(o, 4, true, 0, tp);
+      o.limits.overlap_rows = rows;
+      s.speculate = tp - 1;
+    };
+  };
   const auto chunk = [](int64_t n) {
     return [n](ClusterOptions& o, RequestSpec&) { o.limits.prefill_chunk = n; };
   };
@@ -172,6 +179,9 @@ std::vector<Factor> factors() {
          shape(o, 4, true, 0, 1);
          o.shape.redundant_experts = 8;
        }},
+      {"one step in flight", overlap(0, 1)},
+      {"two steps in flight", overlap(1, 1)},
+      {"two steps in flight, tp 2", overlap(1, 2)},
       {"chunk 1", chunk(1)},
       {"chunk 7", chunk(7)},
       {"chunk 64", chunk(64)},
@@ -285,6 +295,7 @@ TEST_CASE("a simulated cluster gives the same bits under every seed, delay and d
       o.shape.two_hop = true;
     }
     o.shape.placement_seed = seed % 4;
+    o.limits.overlap_rows = seed % 7 < 4 ? 1 : 64;
     auto s = spec;
     s.speculate = static_cast<int32_t>(seed % 3);
     const auto [answer, hash] = simulate(o, seed, s, *checkpoint);

@@ -62,6 +62,27 @@ TEST_CASE("steps keep their bounds and every request comes to its end") {
   }
 }
 
+TEST_CASE("two micro-batches share the rows once there are enough of them") {
+  const auto sizes = [](const std::vector<BatchRows>& batch) {
+    std::vector<int64_t> list;
+    for (const auto& rows : batch)
+      list.push_back(rows.num_rows);
+    return list;
+  };
+  using Sizes = std::vector<int64_t>;
+  const std::vector<BatchRows> decode{{0, 1, 0}, {1, 1, 0}, {2, 1, 0}, {3, 1, 0}, {4, 1, 0}};
+  const std::vector<BatchRows> mixed{{0, 1, 0}, {1, 1, 0}, {2, 60, 0}};
+  CHECK(sizes(take_micro_batch(decode, 0, 8)) == Sizes{1, 1, 1, 1, 1}); // too few: one step
+  CHECK(take_micro_batch(decode, 2, 8).empty());                        // and nothing beside it
+  CHECK(sizes(take_micro_batch(decode, 0, 4)) == Sizes{1, 1, 1});
+  CHECK(sizes(take_micro_batch(decode, 3, 4)) == Sizes{1, 1, 1, 1});
+  CHECK(sizes(take_micro_batch(decode, 0, 0)) == Sizes{1, 1, 1, 1, 1}); // off
+  CHECK(take_micro_batch(decode, 3, 0).empty());
+  CHECK(sizes(take_micro_batch(mixed, 0, 8)) == Sizes{1, 1}); // the long prompt is the other half
+  CHECK(sizes(take_micro_batch({{2, 60, 0}}, 2, 8)) == Sizes{60});
+  CHECK(take_micro_batch({}, 7, 4).empty());
+}
+
 TEST_CASE("a new request goes to the least loaded group") {
   CHECK(choose_group({3, 1, 2}) == 1);
   CHECK(choose_group({2, 2, 2}) == 0);
