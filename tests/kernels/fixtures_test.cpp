@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <string>
 
@@ -15,6 +16,10 @@ using namespace troupe;
 using namespace troupe::test;
 
 namespace {
+
+// The project's bound for two F32 implementations that only sum in another order; tiny models stay
+// near 1e-6.
+constexpr float kTolerance = 5e-5f;
 
 // expected.safetensors of one fixture.
 class Expected {
@@ -104,9 +109,6 @@ Forward::Options options_for(const Checkpoint& checkpoint, DType a, const Backen
 
 void check_hidden_and_logits(const Forward::Result& result, const Expected& expected,
                              const ModelConfig& config) {
-  // 5e-5 is the project's bound for two F32 implementations that only sum in another order; tiny
-  // models stay near 1e-6.
-  constexpr float kTolerance = 5e-5f;
   for (size_t l = 0; l < result.hidden.size(); ++l) {
     CAPTURE(l);
     CHECK(row_errors(result.hidden[l], expected.floats("hidden." + std::to_string(l)),
@@ -115,6 +117,26 @@ void check_hidden_and_logits(const Forward::Result& result, const Expected& expe
   }
   CHECK(row_errors(result.logits, expected.floats("logits"), static_cast<size_t>(config.vocab_size))
             .back() <= kTolerance);
+}
+
+// Each module is handed our own state of the depth before, not the recorded one.
+void check_mtp_modules(Forward& model, int64_t num_modules, const Expected& expected, bool answer) {
+  CAPTURE(answer);
+  const auto tokens = expected.ids("tokens");
+  const auto width = static_cast<size_t>(model.config().hidden_size);
+  const auto vocab = static_cast<size_t>(model.config().vocab_size);
+  auto state = model.step({{0, 0, tokens, answer}}).hidden.back();
+  for (int64_t k = 1; k <= num_modules; ++k) {
+    CAPTURE(k);
+    const std::string module = "mtp" + std::to_string(k);
+    state.resize((tokens.size() - static_cast<size_t>(k)) * width);
+    const auto result =
+        model.mtp_step(k - 1, {{0, 0, {tokens.begin() + k, tokens.end()}, answer}}, state);
+    state = result.hidden.front();
+    CHECK(row_errors(state, expected.floats(module + ".hidden"), width).back() <= kTolerance);
+    CHECK(row_errors(result.logits, expected.floats(module + ".logits"), vocab).back() <=
+          kTolerance);
+  }
 }
 
 } // namespace
@@ -155,6 +177,26 @@ TEST_CASE("in F32 greedy answers are those of transformers") {
     }
     CHECK(answer == greedy);
   }
+}
+
+TEST_CASE("in F32 the MTP modules' states and logits are those of transformers' layers") {
+  int64_t modules = 0;
+  for (const auto& folder : fixtures()) {
+    CAPTURE(folder.filename().string());
+    const auto checkpoint = open_checkpoint(folder);
+    const int64_t num_modules = checkpoint->num_mtp_layers();
+    if (num_modules == 0)
+      continue;
+    const Expected expected{folder};
+    for (const auto& name : available_backends()) {
+      CAPTURE(name);
+      Forward model{checkpoint, options_for(*checkpoint, DType::f32, *find_backend(name))};
+      check_mtp_modules(model, num_modules, expected, false);
+      check_mtp_modules(model, num_modules, expected, true); // absorbed from the first token on
+    }
+    modules += num_modules;
+  }
+  CHECK(modules >= 3);
 }
 
 // What a few dozen roundings of 2^-9 leave, and no more: before the first MoE layer the worst row
