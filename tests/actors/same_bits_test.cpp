@@ -1,102 +1,83 @@
 // The determinism contract on the whole runtime: the bits of logits at every position, prompt and
 // answer, do not depend on how the cluster is laid out, batched, chunked or scheduled.
 #include "actors/in_process_cluster.hpp"
-#include "actors/simulated_cluster.hpp"
-#include "config/checkpoint_init.hpp"
-#include "config/presets.hpp"
+#include "config/tokenizer.hpp"
+#include "tests/actors/small_models.hpp"
 
 #include <doctest/doctest.h>
 
-#include <cstdlib>
-#include <filesystem>
+#include <algorithm>
 #include <functional>
-#include <map>
 #include <string>
-#include <unistd.h>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 using namespace troupe;
+using namespace troupe::test;
 
 namespace {
 
-// A checkpoint of random weights that is gone at the end.
-class TemporaryModel {
-public:
-  explicit TemporaryModel(const ModelConfig& config, WeightFormat format = WeightFormat::f32)
-      : folder_(std::filesystem::temp_directory_path() /
-                ("troupe-test-" + std::to_string(getpid()) + "-" + std::to_string(++count_))) {
-    InitOptions options;
-    options.format = format;
-    options.seed = 7;
-    const auto error = init_checkpoint(config, folder_, options);
-    if (error)
-      FAIL(text_of(error));
-  }
-  ~TemporaryModel() { std::filesystem::remove_all(folder_); }
-  [[nodiscard]] std::string path() const { return folder_.string(); }
+constexpr size_t kPromptTokens = 70; // more than a page of the cache
+constexpr int32_t kAnswerTokens = 16;
+constexpr size_t kTakeEveryPair = 8; // of the CI tier; the long one takes all
 
-private:
-  static inline int count_ = 0;
-  std::filesystem::path folder_;
+// A cluster, a request to answer, and how many others run beside it.
+struct Run {
+  ClusterOptions options;
+  RequestSpec answer;
+  int others = 0;
 };
 
-std::vector<int32_t> prompt(size_t n, uint64_t seed, int64_t vocab) {
-  KeyedStream random{seed};
-  std::vector<int32_t> ids;
-  for (size_t i = 0; i < n; ++i)
-    ids.push_back(static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab))));
-  return ids;
-}
+struct Outcome {
+  std::vector<int32_t> tokens;
+  std::vector<uint8_t> answer_rows, prompt_rows; // logits
+  std::vector<double> prompt_logprobs;
+  std::string finish_reason;
+  friend bool operator==(const Outcome&, const Outcome&) = default;
+};
+
+// How drafts fared: the only thing that may differ.
+struct Drafting {
+  int64_t drafted = 0, accepted = 0;
+};
 
 RequestSpec answer_spec(int64_t vocab) {
   RequestSpec spec;
-  spec.prompt = prompt(70, 1, vocab); // more than a page of the cache
-  spec.max_tokens = 16;
+  spec.prompt = random_prompt(kPromptTokens, 1, vocab);
+  spec.max_tokens = kAnswerTokens;
   spec.ignore_eos = true;
   spec.logits = true;
   return spec;
 }
 
-RequestSpec score_spec(int64_t vocab) {
-  RequestSpec spec;
-  spec.prompt = prompt(70, 1, vocab);
-  spec.logits = true;
-  spec.prompt_logprobs = true;
-  return spec;
+// Greedy among a few ids: of all ids, a random model's drafts would never be the right ones.
+SamplingParams greedy_among_few() {
+  SamplingParams s;
+  for (const int32_t id : {3, 50, 101, 200})
+    s.logit_bias[id] = 1000;
+  return s;
 }
 
-ClusterOptions base(const std::string& model, DType compute) {
-  ClusterOptions o;
-  o.model = model;
-  o.compute = compute;
-  o.num_threads = 1;
-  o.limits.kv_tokens = 4096;
-  o.limits.max_speculate = 2;
-  o.cluster_token = "test";
-  return o;
-}
-
-struct Outcome {
-  std::vector<int32_t> tokens;
-  std::vector<uint8_t> answer_rows, prompt_rows;
-  friend bool operator==(const Outcome&, const Outcome&) = default;
-};
-
-// One generating and one scoring request, on threads and the loopback; `others` more beside them.
-Outcome run(const ClusterOptions& options, const RequestSpec& answer, const RequestSpec& score,
-            int others = 0) {
-  auto cluster = InProcessCluster::start(options);
+// What a run gives for its request, and for one that scores the same prompt. Adds to `drafting`.
+Outcome outcome_of(const Run& run, Drafting& drafting) {
+  auto cluster = InProcessCluster::start(run.options);
   if (!cluster)
     FAIL(text_of(cluster.error()));
   auto& client = (*cluster)->client();
-  const auto first = client.submit(answer);
+  RequestSpec score;
+  score.prompt = run.answer.prompt;
+  score.logits = true;
+  score.prompt_logprobs = true;
+  const auto first = client.submit(run.answer);
   const auto second = client.submit(score);
   REQUIRE(first);
   REQUIRE(second);
-  for (int i = 0; i < others; ++i) {
-    auto other = answer;
+  for (int i = 0; i < run.others; ++i) {
+    auto other = run.answer;
     other.logits = false;
-    other.prompt = prompt(5 + static_cast<size_t>(i) * 3, 100 + static_cast<uint64_t>(i), 200);
+    other.prompt =
+        random_prompt(5 + static_cast<size_t>(i) * 3, 100 + static_cast<uint64_t>(i), 200);
     REQUIRE(client.submit(other));
   }
   Outcome outcome;
@@ -104,234 +85,245 @@ Outcome run(const ClusterOptions& options, const RequestSpec& answer, const Requ
   handlers.on_tokens = [&](const TokensReady& news) {
     if (news.id == *first)
       outcome.tokens.insert(outcome.tokens.end(), news.tokens.begin(), news.tokens.end());
+    if (news.id == *second)
+      outcome.prompt_logprobs.insert(outcome.prompt_logprobs.end(), news.prompt_logprobs.begin(),
+                                     news.prompt_logprobs.end());
   };
   handlers.on_rows = [&](const RowsReady& rows) {
     auto& to = rows.id == *first ? outcome.answer_rows : outcome.prompt_rows;
     to.insert(to.end(), rows.bytes.begin(), rows.bytes.end());
   };
-  for (int i = 0; i < 2 + others; ++i) {
+  for (int i = 0; i < 2 + run.others; ++i) {
     const auto done = client.wait(handlers);
     REQUIRE(done);
     REQUIRE(done->error == "");
+    if (done->id != *first)
+      continue;
+    outcome.finish_reason = done->finish_reason;
+    drafting.drafted += done->drafted;
+    drafting.accepted += done->accepted;
   }
   return outcome;
 }
 
+// ---- what may differ without changing a bit
+// ------------------------------------------------------
+
+// Factors of one axis exclude each other; those of different axes combine.
 struct Factor {
-  const char* name;
-  std::function<void(ClusterOptions&, RequestSpec&)> change;
+  std::string_view axis, name;
+  std::function<void(Run&)> change;
 };
 
-void shape(ClusterOptions& o, int32_t ranks, bool joint, int32_t attention, int32_t tp) {
-  o.shape.num_ranks = ranks;
-  o.shape.joint = joint;
-  o.shape.attention_ranks = attention;
-  o.shape.tp = tp;
+Factor layout(const char* name, int32_t ranks, bool joint, int32_t attention, int32_t tp) {
+  return {"layout", name, [=](Run& r) { set_shape(r.options, ranks, joint, attention, tp); }};
 }
 
+// On four ranks, unless a layout was chosen.
+Factor on_ranks(const char* axis, const char* name, std::function<void(ClusterOptions&)> change) {
+  return {axis, name, [change = std::move(change)](Run& r) {
+            if (r.options.shape.num_ranks == 1)
+              set_shape(r.options, 4, true, 0, 1);
+            change(r.options);
+          }};
+}
+
+Factor two_hop(const char* name, int32_t nodes) {
+  return on_ranks("placement", name, [nodes](ClusterOptions& o) {
+    o.shape.nodes = nodes;
+    o.shape.two_hop = true;
+    o.shape.placement_seed = 3;
+  });
+}
+
+Factor placed(const char* name, uint64_t seed) {
+  return on_ranks("placement", name, [seed](ClusterOptions& o) { o.shape.placement_seed = seed; });
+}
+
+Factor overlap(const char* name, int64_t rows) {
+  return on_ranks("micro-batches", name,
+                  [rows](ClusterOptions& o) { o.limits.overlap_rows = rows; });
+}
+
+Factor chunk(const char* name, int64_t rows) {
+  return {"chunk", name, [rows](Run& r) { r.options.limits.prefill_chunk = rows; }};
+}
+
+Factor drafts(const char* name, int32_t depth) {
+  return {"speculation", name, [depth](Run& r) { r.answer.speculate = depth; }};
+}
+
+// Layouts come first: what needs several ranks sees which were chosen.
 std::vector<Factor> factors() {
-  const auto two_hop = [](int32_t nodes) {
-    return [nodes](ClusterOptions& o, RequestSpec&) {
-      shape(o, 4, true, 0, 1);
-      o.shape.nodes = nodes;
-      o.shape.two_hop = true;
-      o.shape.placement_seed = 3;
-    };
-  };
-  const auto placed = [](uint64_t seed) {
-    return [seed](ClusterOptions& o, RequestSpec&) {
-      shape(o, 4, true, 0, 1);
-      o.shape.placement_seed = seed;
-    };
-  };
-  const auto overlap = [](int64_t rows, int32_t tp) {
-    return [=](ClusterOptions& o, RequestSpec& s) {
-      shape(o, 4, true, 0, tp);
-      o.limits.overlap_rows = rows;
-      s.speculate = tp - 1;
-    };
-  };
-  const auto chunk = [](int64_t n) {
-    return [n](ClusterOptions& o, RequestSpec&) { o.limits.prefill_chunk = n; };
-  };
-  const auto drafts = [](int32_t depth, int32_t ranks, int32_t tp) {
-    return [=](ClusterOptions& o, RequestSpec& s) {
-      shape(o, ranks, true, 0, tp);
-      s.speculate = depth;
-    };
-  };
   return {
-      {"2 ranks", [](auto& o, auto&) { shape(o, 2, true, 0, 1); }},
-      {"4 ranks", [](auto& o, auto&) { shape(o, 4, true, 0, 1); }},
-      {"8 ranks", [](auto& o, auto&) { shape(o, 8, true, 0, 1); }},
-      {"2+2", [](auto& o, auto&) { shape(o, 4, false, 2, 1); }},
-      {"1+3", [](auto& o, auto&) { shape(o, 4, false, 1, 1); }},
-      {"tp 2", [](auto& o, auto&) { shape(o, 2, true, 0, 2); }},
-      {"tp 4", [](auto& o, auto&) { shape(o, 4, true, 0, 4); }},
-      {"tp 2, 4+2", [](auto& o, auto&) { shape(o, 6, false, 4, 2); }},
-      {"two-hop, 2 nodes", two_hop(2)},
-      {"two-hop, 4 nodes", two_hop(4)},
-      {"placement 1", placed(1)},
-      {"placement 2", placed(2)},
-      {"placement 3", placed(3)},
-      {"replicas",
-       [](auto& o, auto&) {
-         shape(o, 4, true, 0, 1);
-         o.shape.redundant_experts = 8;
-       }},
-      {"one step in flight", overlap(0, 1)},
-      {"two steps in flight", overlap(1, 1)},
-      {"two steps in flight, tp 2", overlap(1, 2)},
-      {"chunk 1", chunk(1)},
-      {"chunk 7", chunk(7)},
-      {"chunk 64", chunk(64)},
-      {"2 threads", [](auto& o, auto&) { o.num_threads = 2; }},
-      {"speculate 1", drafts(1, 1, 1)},
-      {"speculate 2", drafts(2, 1, 1)},
-      {"speculate 2, 4 ranks, tp 2", drafts(2, 4, 2)},
+      layout("2 ranks", 2, true, 0, 1),
+      layout("4 ranks", 4, true, 0, 1),
+      layout("8 ranks", 8, true, 0, 1),
+      layout("2+2", 4, false, 2, 1),
+      layout("1+3", 4, false, 1, 1),
+      layout("tp 2", 2, true, 0, 2),
+      layout("tp 4", 4, true, 0, 4),
+      layout("tp 2, 4+2", 6, false, 4, 2),
+      layout("tp 2, 4 ranks", 4, true, 0, 2),
+      two_hop("two-hop, 2 nodes", 2),
+      two_hop("two-hop, 4 nodes", 4),
+      placed("placement 1", 1),
+      placed("placement 2", 2),
+      placed("placement 3", 3),
+      on_ranks("placement", "replicas", [](auto& o) { o.shape.redundant_experts = 8; }),
+      overlap("one step in flight", 0),
+      overlap("two steps in flight", 1),
+      chunk("chunk 1", 1),
+      chunk("chunk 7", 7),
+      chunk("chunk 64", 64),
+      {"threads", "2 threads", [](Run& r) { r.options.num_threads = 2; }},
+      {"speculation", "no MTP", [](Run& r) { r.options.limits.max_speculate = 0; }},
+      drafts("speculate 1", 1),
+      drafts("speculate 2", 2),
+      {"company", "16 others", [](Run& r) { r.others = 16; }},
   };
 }
 
-void compare_all(DType compute, WeightFormat format, const SamplingParams& sampling) {
-  const auto config = *preset("tiny-v3");
-  const TemporaryModel model{config, format};
+class Matrix {
+public:
+  Matrix(Run base, const ModelConfig& config) : base_(std::move(base)), config_(config) {
+    expected_ = outcome_of(base_, drafting_);
+  }
+  [[nodiscard]] const Outcome& expected() const { return expected_; }
+
+  // Every factor alone, and pairs of them: all in the long tier, some in the CI tier. A FP8 matrix
+  // can't be cut inside its tiles, so `tp` may be left out.
+  void compare(bool with_tp = true) {
+    const auto all = factors();
+    size_t singles = 0, pairs = 0, number = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+      singles += compare_one(with_tp, {&all[i]});
+      for (size_t j = i + 1; j < all.size(); ++j)
+        if (all[i].axis != all[j].axis && (long_tier() || ++number % kTakeEveryPair == 0))
+          pairs += compare_one(with_tp, {&all[i], &all[j]});
+    }
+    CHECK(singles >= all.size() - 4); // tp alone may be missing
+    CHECK(pairs >= (long_tier() ? 160 : 20));
+    CHECK(drafting_.accepted > 0);
+    CHECK(drafting_.accepted < drafting_.drafted);
+  }
+
+private:
+  // False when there is no such cluster: four nodes of two ranks.
+  bool compare_one(bool with_tp, const std::vector<const Factor*>& changes) {
+    auto run = base_;
+    std::string names;
+    for (const auto* factor : changes) {
+      factor->change(run);
+      names += (names.empty() ? "" : " × ") + std::string{factor->name};
+    }
+    if (run.answer.speculate > run.options.limits.max_speculate ||
+        (!with_tp && run.options.shape.tp > 1) || !first_view(config_, run.options.shape, 0))
+      return false;
+    CAPTURE(names);
+    const auto outcome = outcome_of(run, drafting_);
+    CHECK(outcome.tokens == expected_.tokens);
+    CHECK(outcome.finish_reason == expected_.finish_reason);
+    CHECK((outcome == expected_)); // rows are too long to print
+    return true;
+  }
+
+  Run base_;
+  ModelConfig config_;
+  Drafting drafting_; // of all runs
+  Outcome expected_;
+};
+
+Matrix matrix_of(const TemporaryModel& model, const ModelConfig& config, DType compute,
+                 const SamplingParams& sampling) {
   auto answer = answer_spec(config.vocab_size);
   answer.sampling = sampling;
-  const auto score = score_spec(config.vocab_size);
-  const auto expected = run(base(model.path(), compute), answer, score);
-  REQUIRE(expected.tokens.size() == 16);
-  REQUIRE(expected.answer_rows.size() == 16 * static_cast<size_t>(config.vocab_size) * 4);
-  REQUIRE(expected.prompt_rows.size() == 70 * static_cast<size_t>(config.vocab_size) * 4);
-  for (const auto& factor : factors()) {
-    CAPTURE(factor.name);
-    auto options = base(model.path(), compute);
-    auto spec = answer;
-    factor.change(options, spec);
-    CHECK(run(options, spec, score) == expected);
+  Matrix matrix{{one_rank(model.path(), compute), answer}, config};
+  const auto row = static_cast<size_t>(config.vocab_size) * sizeof(float);
+  REQUIRE(matrix.expected().tokens.size() == kAnswerTokens);
+  REQUIRE(matrix.expected().answer_rows.size() == kAnswerTokens * row);
+  REQUIRE(matrix.expected().prompt_rows.size() == kPromptTokens * row);
+  REQUIRE(matrix.expected().prompt_logprobs.size() == kPromptTokens - 1);
+  return matrix;
+}
+
+// ---- stop strings
+// --------------------------------------------------------------------------------
+
+// A string that ends the answer `tokens` inside a token of its middle, having begun in the one
+// before.
+struct StopCase {
+  std::string text;
+  size_t num_tokens = 0; // of the answer that ends with it
+};
+StopCase stop_inside(const std::string& model, const std::vector<int32_t>& tokens) {
+  auto tokenizer = Tokenizer::load(model);
+  REQUIRE(tokenizer);
+  Detokenizer detokenizer{*tokenizer};
+  std::vector<std::string> pieces;
+  for (const int32_t id : tokens)
+    pieces.push_back(detokenizer.push(id));
+  const auto ascii = [](const std::string& s) {
+    return s.size() > 1 &&
+           std::ranges::all_of(s, [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+  };
+  std::string before;
+  for (size_t i = 0; i + 3 < pieces.size(); before += pieces[i++]) {
+    const auto &first = pieces[i], &second = pieces[i + 1];
+    if (i < 3 || !ascii(first) || !ascii(second))
+      continue;
+    const auto text = first.substr(1) + second.substr(0, 1);
+    if ((before + first + second).find(text) == before.size() + 1)
+      return {text, i + 2};
   }
-  CHECK(run(base(model.path(), compute), answer, score, 16) == expected);
-}
-
-SamplingParams warm() {
-  SamplingParams s;
-  s.temperature = 1;
-  s.top_p = 0.9f;
-  s.repetition_penalty = 1.1f;
-  s.presence_penalty = 0.2f;
-  s.frequency_penalty = 0.1f;
-  s.seed = 11;
-  return s;
-}
-
-// What a simulated cluster answers, and the hash of its run.
-std::pair<SimulatedAnswer, uint64_t> simulate(const ClusterOptions& options, uint64_t seed,
-                                              const RequestSpec& spec,
-                                              std::shared_ptr<const Checkpoint> checkpoint) {
-  SimulatedClusterOptions simulation;
-  simulation.cluster = options;
-  simulation.seed = seed;
-  simulation.links.min_delay = Nanoseconds{1'000};
-  simulation.links.max_delay = Nanoseconds{400'000};
-  simulation.links.duplicate_one_in = 5;
-  simulation.links.reorder = true;
-  auto cluster = SimulatedCluster::start(simulation, std::move(checkpoint));
-  if (!cluster)
-    FAIL(text_of(cluster.error()));
-  (*cluster)->submit(spec);
-  auto other = spec;
-  other.logits = false;
-  other.prompt.resize(other.prompt.size() / 2);
-  (*cluster)->submit(other);
-  const auto error = (*cluster)->run();
-  if (error)
-    FAIL(text_of(error));
-  return {(*cluster)->answers().front(), (*cluster)->trace_hash()};
-}
-
-std::vector<uint64_t> seeds(uint64_t count) {
-  if (const char* one = std::getenv("TROUPE_SEED"))
-    return {std::strtoull(one, nullptr, 10)};
-  std::vector<uint64_t> list;
-  for (uint64_t s = 1; s <= count; ++s)
-    list.push_back(s);
-  return list;
+  FAIL("no place for a stop string in the answer");
+  return {};
 }
 
 } // namespace
 
 TEST_CASE("F32 logits keep their bits over every layout, placement, chunk, batch and draft") {
-  compare_all(DType::f32, WeightFormat::f32, {});
+  const auto config = *preset("tiny-v3");
+  const TemporaryModel model{config};
+  matrix_of(model, config, DType::f32, greedy_among_few()).compare();
 }
 
 TEST_CASE("BF16 logits and sampled tokens keep their bits, too") {
-  compare_all(DType::bf16, WeightFormat::bf16, warm());
+  const auto config = *preset("tiny-v3");
+  const TemporaryModel model{config, WeightFormat::bf16};
+  matrix_of(model, config, DType::bf16, warm_sampling()).compare();
 }
 
-TEST_CASE("a simulated cluster gives the same bits under every seed, delay and duplicate") {
+TEST_CASE("an answer that a stop string ends keeps its bits and its end") {
   auto config = *preset("tiny-v3");
-  config.num_hidden_layers = 2;
+  config.vocab_size = 2048;
   const TemporaryModel model{config};
-  auto checkpoint = Checkpoint::open(model.path());
-  REQUIRE(checkpoint);
-  RequestSpec spec;
-  spec.prompt = prompt(12, 1, config.vocab_size);
-  spec.max_tokens = 4;
-  spec.ignore_eos = true;
-  spec.logits = true;
-  spec.sampling = warm();
-  auto options = base(model.path(), DType::f32);
-  options.limits.kv_tokens = 256;
-  options.limits.batch = 4;
-  options.limits.prefill_chunk = 8;
-  const auto expected = simulate(options, 1, spec, *checkpoint).first;
-  REQUIRE(expected.tokens.size() == 4);
-  const char* long_tier = std::getenv("TROUPE_LONG");
-  for (const uint64_t seed : seeds(long_tier ? 1000 : 100)) {
-    CAPTURE(seed);
-    auto o = options;
-    shape(o, 4, seed % 3 != 0, 2, seed % 2 == 0 ? 2 : 1);
-    if (seed % 5 == 0) {
-      o.shape.nodes = 2;
-      o.shape.two_hop = true;
-    }
-    o.shape.placement_seed = seed % 4;
-    o.limits.overlap_rows = seed % 7 < 4 ? 1 : 64;
-    auto s = spec;
-    s.speculate = static_cast<int32_t>(seed % 3);
-    const auto [answer, hash] = simulate(o, seed, s, *checkpoint);
-    CHECK(answer.finished);
-    CHECK(answer.done.error == "");
-    CHECK(answer.tokens == expected.tokens);
-    CHECK(answer.rows.at("logits") == expected.rows.at("logits"));
-    if (seed % 10 == 0)
-      CHECK(simulate(o, seed, s, *checkpoint).second == hash);
-  }
+  model.add_tokenizer();
+  Run run{one_rank(model.path(), DType::f32), answer_spec(config.vocab_size)};
+  run.answer.sampling = warm_sampling();
+  run.answer.sampling.temperature = 3; // more of the drafts are right
+  Drafting none;
+  const auto whole = outcome_of(run, none);
+  const auto stop = stop_inside(model.path(), whole.tokens);
+  CAPTURE(stop.text);
+  run.answer.stop = {"never in the answer", stop.text};
+  Matrix matrix{run, config};
+  // Stopping is the end of the answer and changes nothing before it.
+  const auto& ended = matrix.expected();
+  CHECK(ended.finish_reason == "stop");
+  REQUIRE(ended.tokens.size() == stop.num_tokens);
+  CHECK(std::equal(ended.tokens.begin(), ended.tokens.end(), whole.tokens.begin()));
+  REQUIRE(ended.answer_rows.size() == stop.num_tokens * 2048 * sizeof(float));
+  CHECK(std::equal(ended.answer_rows.begin(), ended.answer_rows.end(), whole.answer_rows.begin()));
+  matrix.compare();
 }
 
-TEST_CASE("320 simulated ranks run a token") {
+TEST_CASE("FP8 rows on the wire keep their bits") {
   auto config = *preset("tiny-v3");
-  config.num_hidden_layers = 2;
-  config.num_nextn_predict_layers = 0;
-  config.hidden_size = 32;
-  config.moe_intermediate_size = 16;
-  config.intermediate_size = 32;
-  config.n_routed_experts = 320;
-  const TemporaryModel model{config};
-  auto checkpoint = Checkpoint::open(model.path());
-  REQUIRE(checkpoint);
-  auto options = base(model.path(), DType::f32);
-  options.limits.kv_tokens = 64;
-  options.limits.batch = 2;
-  options.limits.prefill_chunk = 8;
-  options.limits.max_speculate = 0;
-  RequestSpec spec;
-  spec.prompt = prompt(6, 1, config.vocab_size);
-  spec.max_tokens = 1;
-  spec.ignore_eos = true;
-  spec.logits = true;
-  const auto one = simulate(options, 1, spec, *checkpoint).first;
-  shape(options, 320, true, 0, 1);
-  const auto many = simulate(options, 2, spec, *checkpoint).first;
-  CHECK(many.tokens == one.tokens);
-  CHECK(many.rows.at("logits") == one.rows.at("logits"));
+  config.quantization = QuantizationConfig{};
+  const TemporaryModel model{config, WeightFormat::fp8};
+  Run run{one_rank(model.path(), DType::bf16), answer_spec(config.vocab_size)};
+  run.answer.sampling = greedy_among_few();
+  run.options.fp8 = "activations";
+  Matrix{run, config}.compare(false);
 }
