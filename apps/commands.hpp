@@ -15,5 +15,6 @@ void add_tokenize(CLI::App& app, int& code);
 void add_inspect(CLI::App& app, int& code);
 void add_init(CLI::App& app, int& code);
 void add_launch(CLI::App& app, int& code);
+void add_data(CLI::App& app, int& code);
 
 } // namespace troupe
