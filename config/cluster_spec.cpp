@@ -2,11 +2,9 @@
 
 #include "config/cluster.pb.h"
 #include "config/json.hpp"
+#include "config/text_proto.hpp"
 
 #include <fmt/format.h>
-#include <google/protobuf/io/tokenizer.h>
-#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
-#include <google/protobuf/text_format.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -21,123 +19,8 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr size_t kMaxSpecBytes = size_t{1} << 20;
-constexpr int kMaxDepth = 8;
 constexpr size_t kMinTokenLength = 8;
 constexpr int64_t kMaxKvTokens = int64_t{1} << 32;
-
-// Keeps the first error, which is the one that caused the others.
-class FirstError final : public pb::io::ErrorCollector {
-public:
-  void AddError(int line, int column, const std::string& text) override {
-    if (!first_)
-      first_ = {line, column, text};
-  }
-
-  [[nodiscard]] caf::error as_error(std::string_view source) const {
-    if (!first_)
-      return make_error(Errc::malformed, fmt::format("{}: not text format", source));
-    return make_error(Errc::malformed, fmt::format("{}:{}:{}: {}", source, first_->line + 1,
-                                                   first_->column + 1, first_->text));
-  }
-
-private:
-  struct Found {
-    int line = 0, column = 0; // from 0
-    std::string text;
-  };
-  std::optional<Found> first_;
-};
-
-// A message with the places of its fields in the text.
-class Place {
-public:
-  Place(const pb::Message& message, const pb::TextFormat::ParseInfoTree* tree, std::string source,
-        std::string prefix, std::string fallback)
-      : message_(message), tree_(tree), source_(std::move(source)), prefix_(std::move(prefix)),
-        fallback_(std::move(fallback)) {}
-
-  // "SOURCE:LINE:COLUMN", of the message where the field is absent.
-  [[nodiscard]] std::string of(const std::string& field, int index = -1) const {
-    const auto* descriptor = message_.GetDescriptor()->FindFieldByName(field);
-    if (!tree_ || !descriptor)
-      return fallback_;
-    // Of a list as a whole: of its first element. Protobuf aborts on any other combination.
-    const auto location =
-        tree_->GetLocation(descriptor, descriptor->is_repeated() ? std::max(index, 0) : -1);
-    return location.line < 0
-               ? fallback_
-               : fmt::format("{}:{}:{}", source_, location.line + 1, location.column + 1);
-  }
-
-  // The same for the message inside `field`.
-  [[nodiscard]] Place inside(const pb::Message& message, const std::string& field,
-                             int index = -1) const {
-    const auto* descriptor = message_.GetDescriptor()->FindFieldByName(field);
-    const auto* tree = tree_ && message_.GetReflection()->HasField(message_, descriptor)
-                           ? tree_->GetTreeForNested(descriptor, index)
-                           : nullptr;
-    return {message, tree, source_, prefix_ + field + ".", of(field, index)};
-  }
-
-  [[nodiscard]] Place element(const pb::Message& message, const std::string& field,
-                              int index) const {
-    const auto* descriptor = message_.GetDescriptor()->FindFieldByName(field);
-    const auto* tree = tree_ ? tree_->GetTreeForNested(descriptor, index) : nullptr;
-    return {message, tree, source_, fmt::format("{}{}[{}].", prefix_, field, index),
-            of(field, index)};
-  }
-
-  [[nodiscard]] caf::error error(const std::string& field, const std::string& text) const {
-    return make_error(Errc::invalid_argument,
-                      fmt::format("{}: {}{}: {}", of(field), prefix_, field, text));
-  }
-
-private:
-  const pb::Message& message_;
-  const pb::TextFormat::ParseInfoTree* tree_;
-  std::string source_, prefix_, fallback_;
-};
-
-// Collects the first complaint about meaning, as JsonFields does for JSON.
-class Checker {
-public:
-  explicit Checker(const Place& place) : place_(place) {}
-
-  void fail(const std::string& field, const std::string& text) {
-    if (!error_)
-      error_ = place_.error(field, text);
-  }
-  void adopt(const caf::error& error) {
-    if (!error_)
-      error_ = error;
-  }
-
-  template <class T>
-  T in_range(const std::string& field, bool given, T value, T low, T high, T fallback) {
-    if (!given)
-      return fallback;
-    if (value < low || value > high)
-      fail(field, fmt::format("expected {} to {}, got {}", low, high, value));
-    return value;
-  }
-
-  std::string one_of(const std::string& field, bool given, const std::string& value,
-                     std::initializer_list<std::string_view> allowed, std::string fallback) {
-    if (!given)
-      return fallback;
-    if (std::ranges::find(allowed, value) == allowed.end())
-      fail(field,
-           fmt::format("expected {}, got \"{}\"", fmt::join(allowed, " or "), value.substr(0, 60)));
-    return value;
-  }
-
-  [[nodiscard]] const caf::error& error() const { return error_; }
-
-private:
-  const Place& place_;
-  caf::error error_;
-};
 
 fs::path resolve(const fs::path& folder, const std::string& path) {
   return path.empty() ? fs::path{} : folder / path; // an absolute path replaces the folder
@@ -147,7 +30,8 @@ bool is_loopback(std::string_view host) {
   return host == "localhost" || host == "::1" || host.starts_with("127.");
 }
 
-ControlSpec read_control(const proto::Control& message, const fs::path& folder, Checker& check) {
+ControlSpec read_control(const proto::Control& message, const fs::path& folder,
+                         TextChecker& check) {
   ControlSpec control;
   if (message.has_host())
     control.host = message.host();
@@ -175,14 +59,14 @@ ControlSpec read_control(const proto::Control& message, const fs::path& folder, 
   return control;
 }
 
-std::vector<HostSpec> read_hosts(const proto::ClusterSpec& message, const Place& place,
-                                 int32_t num_ranks, Checker& check) {
+std::vector<HostSpec> read_hosts(const proto::ClusterSpec& message, const TextPlace& place,
+                                 int32_t num_ranks, TextChecker& check) {
   std::vector<HostSpec> hosts;
   int64_t total = 0;
   for (int i = 0; i < message.hosts_size(); ++i) {
     const auto& host = message.hosts(i);
     const auto inner_place = place.element(host, "hosts", i);
-    Checker inner{inner_place};
+    TextChecker inner{inner_place};
     if (host.name().empty())
       inner.fail("name", "expected a host's name or address");
     inner.in_range("ranks", true, host.ranks(), 1, kMaxRanks, 1);
@@ -197,7 +81,7 @@ std::vector<HostSpec> read_hosts(const proto::ClusterSpec& message, const Place&
 }
 
 // parse_layout names the field first ("tp: …"): that is where the error is.
-ClusterLayout read_layout(const proto::ClusterSpec& m, const Place& place, Checker& check) {
+ClusterLayout read_layout(const proto::ClusterSpec& m, const TextPlace& place, TextChecker& check) {
   const auto ranks = check.in_range("ranks", m.has_ranks(), m.ranks(), 1, kMaxRanks, 0);
   const auto tp = check.in_range("tp", m.has_tp(), m.tp(), 1, 8, 0);
   const auto nodes = check.in_range("nodes", m.has_nodes(), m.nodes(), 1, kMaxRanks, 1);
@@ -212,8 +96,8 @@ ClusterLayout read_layout(const proto::ClusterSpec& m, const Place& place, Check
   return {};
 }
 
-ClusterSpec read_spec(const proto::ClusterSpec& m, const Place& place, const fs::path& folder,
-                      Checker& check) {
+ClusterSpec read_spec(const proto::ClusterSpec& m, const TextPlace& place, const fs::path& folder,
+                      TextChecker& check) {
   constexpr int32_t kMany = 1 << 20;
   ClusterSpec spec;
   if (m.model().empty())
@@ -239,7 +123,7 @@ ClusterSpec read_spec(const proto::ClusterSpec& m, const Place& place, const fs:
   spec.placement_seed = m.placement_seed();
   spec.speculate = check.in_range("speculate", m.has_speculate(), m.speculate(), 0, 64, 0);
   const auto control_place = place.inside(m.control(), "control");
-  Checker control{control_place};
+  TextChecker control{control_place};
   spec.control = read_control(m.control(), folder, control);
   check.adopt(control.error());
   spec.hosts = read_hosts(m, place, spec.layout.num_ranks, check);
@@ -252,21 +136,12 @@ ClusterSpec read_spec(const proto::ClusterSpec& m, const Place& place, const fs:
 
 caf::expected<ClusterSpec> parse_cluster_spec(std::string_view text, std::string_view source,
                                               const fs::path& folder) {
-  if (text.size() > kMaxSpecBytes)
-    return make_error(Errc::malformed, fmt::format("{}: {} bytes, at most {} are read", source,
-                                                   text.size(), kMaxSpecBytes));
   proto::ClusterSpec message;
   pb::TextFormat::ParseInfoTree tree;
-  FirstError errors;
-  pb::TextFormat::Parser parser;
-  parser.RecordErrorsTo(&errors);
-  parser.WriteLocationsTo(&tree);
-  parser.SetRecursionLimit(kMaxDepth);
-  pb::io::ArrayInputStream input{text.data(), static_cast<int>(text.size())};
-  if (!parser.Parse(&input, &message))
-    return errors.as_error(source);
-  const Place place{message, &tree, std::string{source}, "", fmt::format("{}:1:1", source)};
-  Checker check{place};
+  if (auto error = parse_text_proto(text, source, message, tree))
+    return error;
+  const TextPlace place{message, &tree, std::string{source}};
+  TextChecker check{place};
   auto spec = read_spec(message, place, folder, check);
   if (check.error())
     return check.error();
@@ -274,7 +149,7 @@ caf::expected<ClusterSpec> parse_cluster_spec(std::string_view text, std::string
 }
 
 caf::expected<ClusterSpec> load_cluster_spec(const fs::path& path) {
-  auto text = read_text_file(path, kMaxSpecBytes);
+  auto text = read_text_file(path, kMaxTextProto);
   if (!text)
     return text.error();
   return parse_cluster_spec(*text, path.string(), path.parent_path());
