@@ -264,6 +264,9 @@ QuantizationConfig read_quantization(JsonFields& fields) {
   if (!result.scale_fmt.empty() && result.scale_fmt != "ue8m0")
     fields.fail(Errc::unsupported, "scale_fmt",
                 fmt::format("\"{}\" is not supported; expected ue8m0 or none", result.scale_fmt));
+  if (fields.has("weight_block_size") && !fields.find("weight_block_size"))
+    fields.fail(Errc::unsupported, "weight_block_size",
+                "null (one scale for a whole tensor) is not supported; expected two integers");
   if (const auto* value = fields.find("weight_block_size")) {
     const auto* sizes = value->if_array();
     const auto is_size = [](const json::value& x) {

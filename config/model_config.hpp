@@ -27,7 +27,7 @@ struct RopeScaling { // YaRN, §2.5
   double mscale_all_dim = 0;
 };
 
-struct QuantizationConfig { // FP8 block-scaled weights, §1.4
+struct QuantizationConfig { // FP8 block-scaled weights, §1.4; blocks of any size
   int64_t block_rows = 128;
   int64_t block_cols = 128;
   std::string scale_fmt; // "" or "ue8m0"

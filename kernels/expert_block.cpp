@@ -238,8 +238,10 @@ public:
       return std::move(memory.error());
     const auto packed = matrices_of(layout.weights);
     for (size_t i = 0; i < packed.size(); ++i)
-      pack(*packed[i], {&matrices_[i].source, 1}, memory->data() + layout.header.matrices[i].offset,
-           0, packed[i]->panels());
+      if (auto error =
+              pack(*packed[i], {&matrices_[i].source, 1},
+                   memory->data() + layout.header.matrices[i].offset, 0, packed[i]->panels()))
+        return error;
     auto& header = layout.header;
     header.weights_version = version_;
     header.payload_xxh3 = XXH3_64bits(memory->data() + kHeaderBytes, memory->size() - kHeaderBytes);

@@ -131,24 +131,29 @@ void KvBForms::attach(std::byte* memory, AttentionWeights& out) const {
   }
 }
 
-void KvBForms::pack(std::byte* memory) const {
+caf::error KvBForms::pack(std::byte* memory) const {
   const auto fill = [memory](Placed to, const WeightSource& from) {
-    troupe::pack(to.matrix, {&from, 1}, memory + to.offset, 0, to.matrix.panels());
+    return troupe::pack(to.matrix, {&from, 1}, memory + to.offset, 0, to.matrix.panels());
   };
-  fill(whole_, source_);
+  // The other forms need no scale that this one has not checked under its published place.
+  if (auto error = fill(whole_, source_))
+    return error;
   const Transposed transposed{source_};
   for (size_t h = 0; h < keys_.size(); ++h) {
     auto keys = transposed.source();
     keys.col0 += key_row(h);
     keys.cols = nope_;
-    fill(keys_[h], keys);
+    if (auto error = fill(keys_[h], keys))
+      return error;
     if (values_are_views())
       continue;
     auto values = source_;
     values.row0 += key_row(h) + nope_;
     values.rows = v_dim_;
-    fill(values_[h], values);
+    if (auto error = fill(values_[h], values))
+      return error;
   }
+  return {};
 }
 
 } // namespace troupe

@@ -18,7 +18,7 @@ public:
   // Points kv_b, w_uk_t and w_uv of `out` into `memory` (bytes() long, 64-byte aligned).
   void attach(std::byte* memory, AttentionWeights& out) const;
   // Fills the memory from the checkpoint.
-  void pack(std::byte* memory) const;
+  [[nodiscard]] caf::error pack(std::byte* memory) const;
 
 private:
   struct Placed {

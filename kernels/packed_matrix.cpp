@@ -1,7 +1,10 @@
 #include "kernels/packed_matrix.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -109,6 +112,19 @@ void to_bf16_bits(const WeightSource& s, int64_t row, int64_t column, int64_t n,
     out[i] = to_bf16(values[i]).bits;
 }
 
+// float_to_e4m3 of a finite number without a branch, so that loops of it become vectors. Below the
+// smallest normal number adding 2^14, whose last bit is worth 2^-9, leaves the code in the low
+// bits.
+inline uint8_t code_of(float x) {
+  constexpr int32_t kLargest = std::bit_cast<int32_t>(448.0f);
+  constexpr int32_t kSmallestNormal = std::bit_cast<int32_t>(0x1p-6f);
+  const auto bits = std::bit_cast<int32_t>(x);
+  const int32_t magnitude = std::min(bits & 0x7fffffff, kLargest);
+  const int32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+  const int32_t small = std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) & 0xf;
+  return static_cast<uint8_t>((magnitude < kSmallestNormal ? small : normal) | (bits >> 24 & 0x80));
+}
+
 // scale: one for each element.
 void to_codes(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float* scale,
               void* to) {
@@ -116,7 +132,7 @@ void to_codes(const WeightSource& s, int64_t row, int64_t column, int64_t n, con
   to_floats(s, row, column, n, nullptr, values);
   auto* out = static_cast<uint8_t*>(to);
   for (int64_t i = 0; i < n; ++i)
-    out[i] = float_to_e4m3(values[i] / scale[i]);
+    out[i] = code_of(values[i] / scale[i]);
 }
 
 Convert conversion(DType from, DType to) {
@@ -126,20 +142,27 @@ Convert conversion(DType from, DType to) {
 }
 
 // The scale of the global block (row_block, block) of a tensor that is to be quantized: from all of
-// the block, also where only a part of it is packed here.
+// the block, also where only a part of it is packed here. Infinite or NaN if an element is.
 float fresh_scale(const WeightSource& s, int64_t row_block, int64_t block) {
   const int64_t last_row = std::min((row_block + 1) * s.block_rows, s.total_rows);
   const int64_t last_column = std::min((block + 1) * s.block_cols, s.total_cols);
-  float amax = 0;
+  int32_t amax = 0; // bits, which order magnitudes like numbers, infinity and NaN above all
   float values[kTile];
   for (int64_t row = row_block * s.block_rows; row < last_row; ++row)
     for (int64_t column = block * s.block_cols; column < last_column; column += kTile) {
       const int64_t n = std::min(kTile, last_column - column);
       to_floats(s, row, column, n, nullptr, values);
       for (int64_t i = 0; i < n; ++i)
-        amax = std::max(amax, std::fabs(values[i]));
+        amax = std::max(amax, std::bit_cast<int32_t>(values[i]) & 0x7fffffff);
     }
-  return amax > 0 ? amax / 448.0f : 1.0f;
+  const float scale = std::bit_cast<float>(amax) / 448.0f;
+  return scale == 0 ? 1.0f : scale; // zeros, or numbers so small that nothing is left of them
+}
+
+caf::error bad_block(const WeightSource& s, std::string_view suffix, int64_t row_block,
+                     int64_t block, std::string_view what) {
+  return make_error(Errc::malformed, fmt::format("tensor {}{}: block [{}, {}] {}", s.name, suffix,
+                                                 row_block, block, what));
 }
 
 // ---- packing one panel ----
@@ -160,8 +183,32 @@ RowOf row_of(std::span<const WeightSource> sources, int64_t n) {
   return {};
 }
 
-// The panel's scales [num_scale_blocks][64]; neighbouring rows mostly share a block.
-void pack_scales(const PackedMatrix& m, const PanelRows& rows, float* out) {
+bool same_row_block(const RowOf& a, const RowOf& b) {
+  return a.source == b.source && a.source != nullptr &&
+         a.row / a.source->block_rows == b.row / b.source->block_rows;
+}
+
+// Reads each stored scale that the panel's part of the columns needs, once.
+caf::error check_stored_scales(const PackedMatrix& m, const PanelRows& rows) {
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const auto [s, row] = rows[r];
+    if (s == nullptr || s->dtype != DType::f8_e4m3 ||
+        (r > 0 && same_row_block(rows[r - 1], rows[r])))
+      continue;
+    const int64_t row_block = row / s->block_rows;
+    for (int64_t block = s->col0 / s->block_cols; block * s->block_cols < s->col0 + m.k; ++block)
+      if (const float scale = stored_scale(*s, row_block, block);
+          !(scale > 0 && std::isfinite(scale)))
+        return bad_block(*s, "_scale_inv", row_block, block,
+                         fmt::format("has the scale {}, expected a finite number above 0", scale));
+  }
+  return {};
+}
+
+// The panel's scales [num_scale_blocks][64]; neighbouring rows mostly share a block, also with the
+// row above the panel, whose scales stand in lane 63 of `above` (or null).
+caf::error pack_scales(const PackedMatrix& m, const RowOf& row_above, const float* above,
+                       const PanelRows& rows, float* out) {
   const int64_t blocks = scale_blocks(m);
   for (int64_t b = 0; b < blocks; ++b, out += kPanelRows)
     for (size_t r = 0; r < rows.size(); ++r) {
@@ -171,14 +218,20 @@ void pack_scales(const PackedMatrix& m, const PanelRows& rows, float* out) {
         continue;
       }
       const int64_t row_block = row / source->block_rows, block = m.k0 / m.block_k + b;
-      if (source->dtype == DType::f8_e4m3)
+      if (source->dtype == DType::f8_e4m3) {
         out[r] = stored_scale(*source, row_block, block);
-      else if (r > 0 && rows[r - 1].source == source &&
-               rows[r - 1].row / source->block_rows == row_block)
+      } else if (r > 0 && same_row_block(rows[r - 1], rows[r])) {
         out[r] = out[r - 1];
-      else
+      } else if (r == 0 && above != nullptr && same_row_block(row_above, rows[0])) {
+        out[r] = above[b * kPanelRows + kPanelRows - 1];
+      } else {
         out[r] = fresh_scale(*source, row_block, block);
+        if (!std::isfinite(out[r]))
+          return bad_block(*source, "", row_block, block,
+                           "of 128×128 can't be quantized: it holds an infinity or NaN");
+      }
     }
+  return {};
 }
 
 // ---- transposing a tile ----
@@ -311,28 +364,38 @@ void attach(PackedMatrix& matrix, const std::byte* memory) {
                       : nullptr;
 }
 
-void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
-          int64_t panel_begin, int64_t panel_end) {
+caf::error pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
+                int64_t panel_begin, int64_t panel_end) {
   attach(matrix, memory);
+  const bool f8 = matrix.dtype == DType::f8_e4m3;
   const int64_t panel_size = stored_k(matrix) * kPanelRows * size_of(matrix.dtype);
+  const int64_t panel_scales = scale_blocks(matrix) * kPanelRows;
   auto* all_scales = reinterpret_cast<float*>(memory + align64(data_bytes(matrix)));
+  RowOf row_above;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     PanelRows rows;
     for (int64_t r = 0; r < kPanelRows && panel * kPanelRows + r < matrix.n; ++r)
       rows[static_cast<size_t>(r)] = row_of(sources, panel * kPanelRows + r);
-    float* scales = all_scales + panel * scale_blocks(matrix) * kPanelRows;
-    if (matrix.dtype == DType::f8_e4m3)
-      pack_scales(matrix, rows, scales);
+    if (auto error = check_stored_scales(matrix, rows))
+      return error;
+    float* scales = all_scales + panel * panel_scales;
+    if (f8)
+      if (auto error =
+              pack_scales(matrix, row_above, panel > panel_begin ? scales - panel_scales : nullptr,
+                          rows, scales))
+        return error;
+    row_above = rows.back();
     std::byte* out = memory + panel * panel_size;
     for (int s = 0; s < matrix.segments.count; ++s) {
       const int64_t begin = matrix.segments.begin[s], k = matrix.segments.begin[s + 1] - begin;
-      if (matrix.dtype == DType::f8_e4m3)
+      if (f8)
         pack_segment<uint16_t>(matrix, rows, begin, k, scales, out);
       else
         pack_segment<uint32_t>(matrix, rows, begin, k, scales, out);
       out += (k + k % 2) * kPanelRows * size_of(matrix.dtype);
     }
   }
+  return {};
 }
 
 } // namespace troupe

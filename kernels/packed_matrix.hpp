@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 namespace troupe {
@@ -42,11 +43,13 @@ struct KSegments {
 // Part of a tensor of the checkpoint: rows [row0, row0 + rows), columns [col0, col0 + cols) of a
 // row-major [total_rows, total_cols] matrix.
 struct WeightSource {
+  std::string_view name;           // the tensor's, for errors; outlives the source
   const std::byte* data = nullptr; // the whole tensor's first byte; any alignment
   DType dtype = DType::f32;        // f32, bf16, f16, f8_e4m3
   int64_t total_rows = 0, total_cols = 0;
   int64_t row0 = 0, rows = 0, col0 = 0, cols = 0;
-  // F8: F32 [ceil(total_rows/block_rows), ceil(total_cols/block_cols)], any alignment; null: ones
+  // F8: F32 [ceil(total_rows/block_rows), ceil(total_cols/block_cols)], any alignment; null: ones.
+  // Each is a finite number above 0, which `pack` checks.
   const std::byte* scales = nullptr;
   int64_t block_rows = 128, block_cols = 128;
 };
@@ -71,9 +74,11 @@ struct PackedMatrix {
 // F8. F32/F16/BF16 -> F8 quantizes per 128×128 block as §1.4 (--fp8 weights on an unquantized
 // checkpoint): scale = amax/448 over the whole global block, read beyond the slice where the slice
 // cuts it; a block of zeros has scale 1.
-// Packs panels [panel_begin, panel_end) so that callers can cut the work.
-void pack(PackedMatrix& matrix, std::span<const WeightSource> sources, std::byte* memory,
-          int64_t panel_begin, int64_t panel_end);
+// Packs panels [panel_begin, panel_end) so that callers can cut the work. Errc::malformed names the
+// tensor and the block where a stored scale is zero, negative or not finite (every weight of that
+// block would be wrong without a trace), or where a block to be quantized holds an infinity or NaN.
+[[nodiscard]] caf::error pack(PackedMatrix& matrix, std::span<const WeightSource> sources,
+                              std::byte* memory, int64_t panel_begin, int64_t panel_end);
 // Points an already packed matrix at its bytes (a block that was moved or received).
 void attach(PackedMatrix& matrix, const std::byte* memory);
 

@@ -186,9 +186,8 @@ void TrunkLoader::pack_in_jobs(LoadPlan& plan, const WeightSources::Matrix& m, s
     plan.add({{m.tensor, (m.source.row0 + row) * row_bytes, count * row_bytes}},
              [=]() -> caf::error {
                auto packed = m.packed;
-               pack(packed, {&m.source, 1}, memory, row / kPanelRows,
-                    (row + count + kPanelRows - 1) / kPanelRows);
-               return {};
+               return pack(packed, {&m.source, 1}, memory, row / kPanelRows,
+                           (row + count + kPanelRows - 1) / kPanelRows);
              });
   });
 }
@@ -241,10 +240,7 @@ void TrunkLoader::describe_kv_b(const std::string& name, AttentionWeights& atten
     plan_.release_at_end(m.scales);
     const int64_t row_bytes = c.kv_lora_rank * size_of(m.source.dtype);
     plan_.add({{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},
-              [forms, memory]() -> caf::error {
-                forms->pack(memory);
-                return {};
-              });
+              [forms, memory] { return forms->pack(memory); });
   });
 }
 
@@ -359,7 +355,8 @@ void TrunkLoader::compare_head(LoadPlan& plan, Copy& copy) {
       auto scratch = MemoryBlock::allocate(bytes);
       if (!scratch)
         return std::move(scratch.error());
-      pack(part, {&source, 1}, scratch->data(), 0, part.panels());
+      if (auto error = pack(part, {&source, 1}, scratch->data(), 0, part.panels()))
+        return error;
       const auto there = panels_of(main, row, count);
       if (std::memcmp(scratch->data(), there.data, bytes) != 0)
         copy.equal = false;

@@ -108,6 +108,7 @@ WeightSources::Matrix WeightSources::matrix(const MatrixPart& part) {
   if (m.tensor == nullptr)
     return m;
   const auto& segments = part.segments;
+  m.source.name = m.tensor->name;
   m.source.data = m.tensor->bytes.data();
   m.source.dtype = m.tensor->dtype;
   m.source.total_rows = part.total_rows;

@@ -227,6 +227,9 @@ TEST_CASE("absurd and mistyped values are refused with the field's name") {
   CHECK(contains(complaint("quantization_config",
                            json::object{{"quant_method", "fp8"}, {"weight_block_size", {128, 0}}}),
                  "weight_block_size"));
+  CHECK(contains(complaint("quantization_config",
+                           json::object{{"quant_method", "fp8"}, {"weight_block_size", nullptr}}),
+                 "quantization_config.weight_block_size: null (one scale for a whole tensor)"));
 }
 
 TEST_CASE("sizes that are each plausible but not together are refused") {

@@ -69,7 +69,7 @@ public:
     w.m.dtype = DType::f8_e4m3;
     w.m.segments = whole_k(kIn);
     w.memory = AlignedBytes(packed_bytes(w.m));
-    pack(w.m, {&source, 1}, w.memory.data(), 0, w.m.panels());
+    REQUIRE(!pack(w.m, {&source, 1}, w.memory.data(), 0, w.m.panels()));
     return w;
   }
 

@@ -5,10 +5,13 @@
 #include "tests/kernels/random_tensors.hpp"
 
 #include <doctest/doctest.h>
+#include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 using namespace troupe;
 using namespace troupe::test;
@@ -95,7 +98,7 @@ TEST_CASE("every element lands where the layout says, everything else is zero") 
     const Source source = any_source(random, from, row0 + n + 9, col0 + k + 7);
     Weight w = empty_weight(to, n, k, cut(k, k < 8 ? 1 : random.pick({1, 2, 4, 8})), col0, 128);
     const WeightSource part = source.part(row0, n, col0, k);
-    pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels());
+    REQUIRE(!pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels()));
     CAPTURE(round);
     int64_t stored_k = 0;
     for (int s = 0; s < w.m.segments.count; ++s)
@@ -153,7 +156,7 @@ TEST_CASE("a tensor of codes without scales has scales of one") {
   CHECK(w.m.scales[64 + 3] == 1);
   Weight wide = empty_weight(DType::f32, 70, 130, whole_k(130), 0, 128);
   const WeightSource part = source.part(0, 70, 0, 130);
-  pack(wide.m, {&part, 1}, wide.memory.data(), 0, 2);
+  REQUIRE(!pack(wide.m, {&part, 1}, wide.memory.data(), 0, 2));
   CHECK(load<float>(wide.m.data) == e4m3_to_float(static_cast<uint8_t>(source.data[0])));
 }
 
@@ -173,7 +176,7 @@ TEST_CASE("quantizing takes each scale from the whole global block, also for a p
     const auto quantize = [&](int64_t row0, int64_t n, int64_t col0, int64_t k) {
       Weight w = empty_weight(DType::f8_e4m3, n, k, whole_k(k), col0, 128);
       const WeightSource part = source.part(row0, n, col0, k);
-      pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels());
+      REQUIRE(!pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels()));
       return w;
     };
     const Weight whole = quantize(0, 300, 0, 290), part = quantize(140, 150, 150, 100);
@@ -200,6 +203,81 @@ TEST_CASE("quantizing takes each scale from the whole global block, also for a p
   }
 }
 
+TEST_CASE("quantizing rounds every float to the code that float_to_e4m3 gives") {
+  // Values around every code, tie, subnormal and sign, in blocks whose amax of 448 makes a scale
+  // of 1.
+  Source source{1, 0, DType::f32, 128, {}, {}};
+  std::vector<float> values;
+  for (int code = 0; code < 0x7e; ++code) {
+    const float low = e4m3_to_float(static_cast<uint8_t>(code));
+    const float high = e4m3_to_float(static_cast<uint8_t>(code + 1)), middle = (low + high) / 2;
+    for (const float v : {low, std::nextafter(middle, low), middle, std::nextafter(middle, high)})
+      for (const float sign : {1.0f, -1.0f}) {
+        if (values.size() % 128 == 0)
+          values.push_back(448);
+        values.push_back(sign * v);
+      }
+  }
+  source.k = static_cast<int64_t>(values.size());
+  source.data.resize(values.size() * sizeof(float));
+  std::memcpy(source.data.data(), values.data(), source.data.size());
+  Weight w = empty_weight(DType::f8_e4m3, 1, source.k, whole_k(source.k), 0, 128);
+  const WeightSource part = source.part(0, 1, 0, source.k);
+  REQUIRE(!pack(w.m, {&part, 1}, w.memory.data(), 0, 1));
+  const reference::PackedReader reader(w.m);
+  for (int64_t c = 0; c < source.k; ++c) {
+    CAPTURE(values[static_cast<size_t>(c)]);
+    CHECK(reader.scale(0, c) == 1);
+    const float got = reader.at(0, 0, c);
+    const float want = e4m3_to_float(float_to_e4m3(values[static_cast<size_t>(c)]));
+    CHECK(std::bit_cast<uint32_t>(got) == std::bit_cast<uint32_t>(want));
+  }
+}
+
+TEST_CASE("a stored scale that is no positive number is refused by tensor, block and value") {
+  Random random(8);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const DType to : {DType::f8_e4m3, DType::bf16, DType::f32})
+    for (const float bad : {0.0f, -0.5f, kInf, -kInf, std::nanf("")}) {
+      Source source = random_source(random, DType::f8_e4m3, 300, 400, 96);
+      source.scales[2 * 5 + 3] = bad; // rows 256 … 299, columns 288 … 383
+      const auto complaint = [&](int64_t row0, int64_t n, int64_t col0, int64_t k) {
+        Weight w = empty_weight(to, n, k, whole_k(k), col0, 96);
+        WeightSource part = source.part(row0, n, col0, k);
+        part.name = "o_proj.weight";
+        const auto error = pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels());
+        if (error)
+          CHECK(code_of(error) == Errc::malformed);
+        return text_of(error);
+      };
+      const auto want = fmt::format("tensor o_proj.weight_scale_inv: block [2, 3] has the scale "
+                                    "{}, expected a finite number above 0",
+                                    bad);
+      CHECK(complaint(0, 300, 0, 400) == want);
+      CHECK(complaint(299, 1, 383, 2) == want);
+      // Parts that the block does not touch.
+      CHECK(complaint(0, 256, 0, 400).empty());
+      CHECK(complaint(200, 100, 384, 16).empty());
+      CHECK(complaint(200, 100, 100, 188).empty());
+    }
+  Source least = random_source(random, DType::f8_e4m3, 64, 64);
+  least.scales[0] = std::numeric_limits<float>::denorm_min();
+  CHECK(pack_whole(least).m.scales[0] == least.scales[0]);
+}
+
+TEST_CASE("a block with an infinity or NaN is refused when it is to be quantized") {
+  Random random(9);
+  for (const float bad : {-std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    Source source = random_source(random, DType::f32, 150, 140);
+    std::memcpy(source.data.data() + (149 * 140 + 139) * 4, &bad, 4);
+    Weight w = empty_weight(DType::f8_e4m3, 150, 140, whole_k(140), 0, 128);
+    WeightSource part = source.part(0, 150, 0, 140);
+    part.name = "w";
+    CHECK(text_of(pack(w.m, {&part, 1}, w.memory.data(), 0, 3)) ==
+          "tensor w: block [1, 1] of 128×128 can't be quantized: it holds an infinity or NaN");
+  }
+}
+
 TEST_CASE("stacked sources are one matrix, and panels can be packed in any order") {
   Random random(5);
   for (const DType dtype : {DType::f32, DType::bf16, DType::f8_e4m3}) {
@@ -210,9 +288,9 @@ TEST_CASE("stacked sources are one matrix, and panels can be packed in any order
                                           c.part(0, 1, 0, k)};
     Weight w = empty_weight(dtype, 162, k, whole_k(k), 0, 128);
     Weight again = empty_weight(dtype, 162, k, whole_k(k), 0, 128);
-    pack(w.m, parts, w.memory.data(), 0, 3);
+    REQUIRE(!pack(w.m, parts, w.memory.data(), 0, 3));
     for (const int64_t panel : {2, 0, 1})
-      pack(again.m, parts, again.memory.data(), panel, panel + 1);
+      REQUIRE(!pack(again.m, parts, again.memory.data(), panel, panel + 1));
     const int64_t data = w.m.panels() * 64 * (k + 1) * size_of(dtype);
     CHECK(std::memcmp(w.m.data, again.m.data, static_cast<size_t>(data)) == 0);
     const reference::PackedReader reader(w.m);
@@ -247,7 +325,7 @@ TEST_CASE("an empty matrix takes no memory and packs nothing") {
   CHECK(packed_bytes(m) == 0);
   m.dtype = DType::f8_e4m3;
   CHECK(packed_bytes(m) == 0);
-  pack(m, {}, nullptr, 0, 0);
+  CHECK(!pack(m, {}, nullptr, 0, 0));
 }
 
 TEST_CASE("o_proj is cut into runs of heads, as many as divide them up to eight") {

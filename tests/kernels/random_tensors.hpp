@@ -135,7 +135,8 @@ struct Source {
   std::vector<float> scales; // F8
 
   [[nodiscard]] WeightSource part(int64_t row0, int64_t rows, int64_t col0, int64_t cols) const {
-    return {.data = data.data(),
+    return {.name = "random",
+            .data = data.data(),
             .dtype = dtype,
             .total_rows = n,
             .total_cols = k,
@@ -187,7 +188,8 @@ inline Weight pack_part(const Source& source, int64_t row0, int64_t rows, int64_
   w.m.block_k = source.block_k;
   w.memory = AlignedBytes(packed_bytes(w.m));
   const WeightSource part = source.part(row0, rows, col0, cols);
-  pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels());
+  if (pack(w.m, {&part, 1}, w.memory.data(), 0, w.m.panels()))
+    std::abort(); // this source is good
   return w;
 }
 inline Weight pack_whole(const Source& source) {

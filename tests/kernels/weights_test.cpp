@@ -180,6 +180,68 @@ TEST_CASE("a tensor-parallel rank holds its heads and columns of the published m
   }
 }
 
+TEST_CASE("scale blocks of any size are held as published, whole and cut") {
+  for (const auto& [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{
+           {64, 64}, {96, 80}, {1, 1}, {128, 512}, {7, 300}, {1 << 20, 1 << 20}}) {
+    CAPTURE(rows);
+    CAPTURE(cols);
+    auto config = ragged_config();
+    config.quantization = QuantizationConfig{rows, cols, ""};
+    const RandomCheckpoint checkpoint{config, WeightFormat::fp8};
+    for (const auto format : {WeightFormat::fp8, WeightFormat::f32})
+      for (const int tp : {1, 4}) {
+        TrunkShare share;
+        share.tp = tp;
+        share.tp_rank = tp - 1;
+        const auto trunk = must(load_trunk(*checkpoint, arithmetic_of(format), share, 1, {}));
+        check_attention(*checkpoint, trunk->layers[1].attention, 1, share);
+        const auto& down = trunk->layers[0].dense.down;
+        CHECK(differences(*checkpoint, "model.layers.0.mlp.down_proj.weight", down, 0,
+                          config.intermediate_size - down.k) == 0);
+      }
+    const auto arithmetic = arithmetic_of(WeightFormat::fp8);
+    const auto block = must(ExpertBlock::load(*checkpoint, arithmetic, 1, ExpertId{5}));
+    CHECK(differences(*checkpoint, "model.layers.1.mlp.experts.5.gate_proj.weight",
+                      block.weights().gate, 0, 0) == 0);
+    CHECK(ExpertBlock::adopt(config, arithmetic, block.bytes()));
+    auto w8a8 = arithmetic;
+    w8a8.fp8_activations = true;
+    const auto refused = load_trunk(*checkpoint, w8a8, {}, 1, {});
+    REQUIRE_FALSE(refused);
+    CHECK(text_of(refused.error()) ==
+          fmt::format("FP8 activations are quantized per 128 channels, but the checkpoint's "
+                      "weight_block_size has {} columns",
+                      cols));
+  }
+}
+
+TEST_CASE("a block scale that is no positive number stops loading, whatever it is loaded for") {
+  const RandomCheckpoint checkpoint{"tiny-v3", WeightFormat::fp8};
+  for (const auto format : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::fp8})
+    for (const auto& [part, bad] : std::vector<std::pair<std::string, float>>{
+             {"self_attn.kv_b_proj", 0.0f},
+             {"self_attn.o_proj", -1.0f},
+             {"mlp.shared_experts.up_proj", std::numeric_limits<float>::infinity()},
+             {"mlp.experts.3.down_proj", std::numeric_limits<float>::quiet_NaN()}}) {
+      const auto name = fmt::format("model.layers.1.{}.weight_scale_inv", part);
+      CAPTURE(name);
+      EditedCheckpoint edited{checkpoint.get()};
+      std::memcpy(edited.edit(name).bytes.data(), &bad, 4);
+      const auto arithmetic = arithmetic_of(format);
+      const auto want = fmt::format(
+          "tensor {}: block [0, 0] has the scale {}, expected a finite number above 0", name, bad);
+      if (part.find(".experts.") != std::string::npos) {
+        const auto block = ExpertBlock::load(edited, arithmetic, 1, ExpertId{3});
+        REQUIRE_FALSE(block);
+        CHECK(text_of(block.error()) == want);
+      } else {
+        const auto trunk = load_trunk(edited, arithmetic, {}, 2, {});
+        REQUIRE_FALSE(trunk);
+        CHECK(text_of(trunk.error()) == want);
+      }
+    }
+}
+
 TEST_CASE("value rows of kv_b are not stored twice where heads fill whole panels") {
   auto config = preset("tiny-v3").value();
   config.qk_nope_head_dim = 64;
