@@ -156,11 +156,12 @@ private:
                      .residual = {}},
                     workers_);
     mix(out.data(), out.size() * sizeof(float));
-    expert(DType::f8_e4m3, {}, xq);
+    for (const bool power_of_two : {false, true})
+      expert(DType::f8_e4m3, {}, xq, power_of_two);
   }
 
   // Three of the rows through an expert's FFN.
-  void expert(DType weights, const Rows& x, const QuantizedRows& xq) {
+  void expert(DType weights, const Rows& x, const QuantizedRows& xq, bool power_of_two = false) {
     const FfnWeights ffn{matrix(kWidth, kHidden, weights, whole_k(kHidden)),
                          matrix(kWidth, kHidden, weights, whole_k(kHidden)),
                          matrix(kHidden, kWidth, weights, whole_k(kWidth))};
@@ -175,7 +176,8 @@ private:
                           .out = {y.data(), a_, kHidden},
                           .residual = {},
                           .scratch = scratch,
-                          .hidden = kHidden},
+                          .hidden = kHidden,
+                          .power_of_two = power_of_two},
                          workers_);
     mix(y.data(), y.size());
   }
@@ -311,7 +313,7 @@ private:
   uint64_t hash_ = kArithmeticVersion;
 
   // Changes with every change of the arithmetic that the inputs above might not show.
-  static constexpr uint64_t kArithmeticVersion = 2;
+  static constexpr uint64_t kArithmeticVersion = 3;
 };
 
 } // namespace

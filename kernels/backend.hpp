@@ -165,6 +165,10 @@ struct MlaAbsorbedArgs {
 // Gate (§3.2), every variant; ties to the lower index in groups and experts; dropped groups -inf.
 // A NaN score ranks as the lowest finite number: behind every score, before what is masked; a
 // chosen NaN makes the row's weights NaN. Needs top_k <= topk_group · (n_experts / n_group).
+// norm_topk_prob normalizes for top_k > 1 only, as §3.2 and the code published with V3, Moonlight
+// and Kimi-K2 have it: with one expert per token a quotient would be 1 whatever its score, and the
+// gate would say nothing. (transformers' V3 class and DeepSeek's demo do divide a single score by
+// itself. No published model has top_k == 1.) Every weight is then times routed_scaling_factor.
 // logits: FP32, from a Linear with F32 rows.
 struct GateArgs {
   int64_t num_rows = 0, n_experts = 0, n_group = 1, topk_group = 1, top_k = 0;
@@ -179,7 +183,8 @@ struct GateArgs {
 };
 
 // SwiGLU FFN: out = round(W_down round(silu(W_gate x) ⊙ W_up x)); gate and up stay FP32 until their
-// product is rounded. With xq, the product is quantized per 1×128 before W_down.
+// product is rounded. With xq, the product is quantized per 1×128 before W_down, with scales of the
+// kind that xq has: `power_of_two` says which (QuantizeArgs).
 struct FfnWeights {
   PackedMatrix gate, up; // [width, hidden]
   PackedMatrix down;     // [hidden, width]
@@ -198,6 +203,7 @@ struct GroupedFfnArgs {
   Rows residual;   // optional, only with one group and out rows == x rows
   std::span<std::byte> scratch;
   int64_t hidden = 0;
+  bool power_of_two = false; // with xq
 };
 
 struct QuantizeArgs {

@@ -6,8 +6,10 @@
 namespace troupe {
 
 struct ExpertCompute::Impl {
-  Impl(const ModelConfig& config, const Backend& b, int64_t rows, int num_threads)
-      : backend(b), max_rows(std::max<int64_t>(rows, 1)), hidden(config.hidden_size) {
+  Impl(const ModelConfig& config, const Arithmetic& arithmetic, const Backend& b, int64_t rows,
+       int num_threads)
+      : backend(b), power_of_two(arithmetic.fp8_power_of_two), max_rows(std::max<int64_t>(rows, 1)),
+        hidden(config.hidden_size) {
     const int64_t width = std::max(config.moe_intermediate_size, config.shared_intermediate_size());
     const auto bytes = ffn_scratch_bytes(width, hidden, max_rows, num_threads);
     auto memory = MemoryBlock::allocate(static_cast<size_t>(bytes));
@@ -21,6 +23,7 @@ struct ExpertCompute::Impl {
     GroupedFfnArgs args;
     args.groups = groups;
     args.xq = xq;
+    args.power_of_two = power_of_two;
     if (xq.codes == nullptr)
       args.x = x;
     args.out = out;
@@ -30,14 +33,15 @@ struct ExpertCompute::Impl {
   }
 
   const Backend& backend;
+  const bool power_of_two;
   const int64_t max_rows, hidden;
   MemoryBlock scratch;
   std::vector<ExpertGroup> part; // of a call that is larger than the scratch
 };
 
-ExpertCompute::ExpertCompute(const ModelConfig& config, const Arithmetic&, const Backend& backend,
-                             int64_t max_rows, int num_threads)
-    : impl_(std::make_unique<Impl>(config, backend, max_rows, num_threads)) {}
+ExpertCompute::ExpertCompute(const ModelConfig& config, const Arithmetic& arithmetic,
+                             const Backend& backend, int64_t max_rows, int num_threads)
+    : impl_(std::make_unique<Impl>(config, arithmetic, backend, max_rows, num_threads)) {}
 ExpertCompute::~ExpertCompute() = default;
 
 void ExpertCompute::run(std::span<const ExpertGroup> groups, Rows x, QuantizedRows xq,

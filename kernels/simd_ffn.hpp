@@ -148,7 +148,7 @@ inline void grouped_ffn(const GroupedFfnArgs& args, Workers& workers) {
     QuantizeArgs q{.num_rows = rows,
                    .k = width,
                    .x = plan.source.x,
-                   .power_of_two = false,
+                   .power_of_two = args.power_of_two,
                    .codes = scratch.codes,
                    .scales = scratch.scales,
                    .code_stride = width,

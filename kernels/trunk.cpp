@@ -285,6 +285,7 @@ void Trunk::Impl::ffn(const FfnWeights& w, int64_t n, Rows rows_u, const Quantiz
   GroupedFfnArgs args;
   args.groups = {&group, 1};
   args.xq = uq;
+  args.power_of_two = arithmetic.fp8_power_of_two;
   if (uq.codes == nullptr)
     args.x = rows_u;
   args.out = out;

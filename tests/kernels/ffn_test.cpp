@@ -1,5 +1,6 @@
 // SwiGLU FFNs against the formula in F64, and where each rounding stands.
 #include "kernels/reference_math.hpp"
+#include "kernels/trunk.hpp"
 #include "tests/kernels/random_tensors.hpp"
 
 #include <doctest/doctest.h>
@@ -111,6 +112,97 @@ TEST_CASE("rows go where their group begins, and nothing else is written") {
     CHECK(y.at(4, 3) == doctest::Approx(a.exact(x, 2)[3]).epsilon(1e-4));
     CHECK(y.at(1, 3) == doctest::Approx(b.exact(x, 1)[3]).epsilon(1e-4));
     CHECK(y.at(2, 3) == doctest::Approx(b.exact(x, 2)[3]).epsilon(1e-4));
+  }
+}
+
+TEST_CASE("a quantized product takes scales of the kind asked for, tile by tile") {
+  // Product i is silu(1) · c_i for a chosen code c_i, and down the identity: what comes out is the
+  // quantized product itself. The second tile is ragged and a thousand times smaller.
+  constexpr int64_t kWidth = 200;
+  const auto codes = [](int64_t n, int64_t k, auto value) {
+    Source source{n, k, DType::f8_e4m3, 128, {}, {}};
+    for (int64_t i = 0; i < n * k; ++i)
+      source.data.push_back(static_cast<std::byte>(float_to_e4m3(value(i / k, i % k))));
+    return pack_whole(source);
+  };
+  const auto chosen = [](int64_t i) {
+    return static_cast<float>(i % 13 - 6) * (i < 128 ? 0.5f : 0x1p-9f);
+  };
+  const Weight gate = codes(kWidth, kWidth, [](auto, auto k) { return k == 0 ? 1.0f : 0.0f; });
+  const Weight up = codes(kWidth, kWidth, [&](auto n, auto k) { return k == 0 ? chosen(n) : 0; });
+  const Weight down = codes(kWidth, kWidth, [](auto n, auto k) { return n == k ? 1.0f : 0.0f; });
+  const FfnWeights weights{gate.m, up.m, down.m};
+  Quantized x{kWidth, std::vector<uint8_t>(kWidth), {1, 1}};
+  x.codes[0] = float_to_e4m3(1);
+  const std::vector<int32_t> rows{0};
+  const ExpertGroup group{&weights, rows, 0};
+  InlineWorkers workers;
+  std::vector<std::byte> scratch(static_cast<size_t>(ffn_scratch_bytes(kWidth, kWidth, 1, 1)));
+  const auto product = [&](int64_t i) { return to_float(to_bf16(silu_f32(1) * chosen(i))); };
+  for (const auto& name : available_backends())
+    for (const bool power_of_two : {false, true}) {
+      CAPTURE(name);
+      CAPTURE(power_of_two);
+      Tensor y(DType::f32, 1, kWidth);
+      find_backend(name)->grouped_ffn({.groups = {&group, 1},
+                                       .x = {},
+                                       .xq = x.rows(),
+                                       .out = y.out(),
+                                       .residual = {},
+                                       .scratch = scratch,
+                                       .hidden = kWidth,
+                                       .power_of_two = power_of_two},
+                                      workers);
+      // amax: 3 · silu(1) = 2.19 and 6 · 2^-9 · silu(1) = 0.00857.
+      const float plain[2] = {product(0) / -448.0f, product(130) / -448.0f};
+      const float rounded[2] = {0x1p-7f, 0x1p-15f};
+      for (int64_t i = 0; i < kWidth; ++i) {
+        CAPTURE(i);
+        const float scale = (power_of_two ? rounded : plain)[i / 128];
+        CHECK(y.at(0, i) == e4m3_to_float(float_to_e4m3(product(i) / scale)) * scale);
+      }
+    }
+}
+
+TEST_CASE("an expert rank's FFN follows the arithmetic's kind of scales") {
+  Random random(3);
+  ModelConfig config;
+  config.hidden_size = 200;
+  config.moe_intermediate_size = 150;
+  const Weight gate = random_weight(random, DType::f8_e4m3, 150, 200),
+               up = random_weight(random, DType::f8_e4m3, 150, 200),
+               down = random_weight(random, DType::f8_e4m3, 200, 150);
+  const FfnWeights weights{gate.m, up.m, down.m};
+  InlineWorkers workers;
+  const Tensor x = random_tensor(random, DType::bf16, 6, 200, 30);
+  const Quantized q = quantize(reference_backend(), x, workers);
+  const std::vector<int32_t> rows{5, 0, 1, 2, 3};
+  const ExpertGroup group{&weights, rows, 0};
+  for (const auto& name : available_backends()) {
+    CAPTURE(name);
+    const Backend& b = *find_backend(name);
+    std::vector<Tensor> results;
+    for (const bool power_of_two : {false, true}) {
+      Arithmetic arithmetic;
+      arithmetic.fp8_weights = arithmetic.fp8_activations = true;
+      arithmetic.fp8_power_of_two = power_of_two;
+      ExpertCompute compute(config, arithmetic, b, 2, 1); // in several parts
+      Tensor got(DType::bf16, 5, 200), want(DType::bf16, 5, 200);
+      compute.run({&group, 1}, x.rows(), q.rows(), got.out(), workers);
+      std::vector<std::byte> scratch(static_cast<size_t>(ffn_scratch_bytes(150, 200, 5, 1)));
+      b.grouped_ffn({.groups = {&group, 1},
+                     .x = {},
+                     .xq = q.rows(),
+                     .out = want.out(),
+                     .residual = {},
+                     .scratch = scratch,
+                     .hidden = 200,
+                     .power_of_two = power_of_two},
+                    workers);
+      CHECK(got.bytes == want.bytes);
+      results.push_back(got);
+    }
+    CHECK(results[0].bytes != results[1].bytes);
   }
 }
 

@@ -194,3 +194,20 @@ TEST_CASE("every choice is distinct, in kept groups, in order, and weighs what i
       CHECK(total == doctest::Approx(2.5));
   }
 }
+
+TEST_CASE("with one expert per token its own score weighs it, normalized or not") {
+  // §3.2 (7): the division is for K > 1 alone, so the gate still says how much the expert counts.
+  const double sigmoid2 = 1 / (1 + std::exp(-2.0));
+  for (const bool norm : {true, false}) {
+    GateShape v3{12, 4, 2, 1};
+    v3.norm_topk_prob = norm;
+    check(v3, kLogits, {}, 2.5, {2}, {2.5 * sigmoid2});
+    GateShape v2 = softmax_shape(TopkMethod::greedy, 1, 1);
+    v2.top_k = 1;
+    v2.norm_topk_prob = norm;
+    double sum = 0;
+    for (const double l : kLogits)
+      sum += std::exp(l);
+    check(v2, kLogits, {}, 16, {9}, {16 * std::exp(3.0) / sum});
+  }
+}
