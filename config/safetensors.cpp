@@ -157,6 +157,47 @@ caf::error write_fully(int fd, std::span<const std::byte> bytes, int64_t offset,
   return {};
 }
 
+std::string_view kind_of(mode_t mode) {
+  switch (mode & S_IFMT) {
+  case S_IFDIR:
+    return "a directory";
+  case S_IFLNK:
+    return "a symbolic link";
+  case S_IFIFO:
+    return "a FIFO";
+  case S_IFSOCK:
+    return "a socket";
+  case S_IFCHR:
+  case S_IFBLK:
+    return "a device";
+  default:
+    return "no regular file";
+  }
+}
+
+// A rename replaces whatever stands under the name, also /dev/null or a link to it. So a name is
+// written to only where a regular file or nothing stands.
+caf::error check_target(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0) // whatever else is wrong, creating a file will say
+    return {};
+  if (S_ISREG(status.st_mode))
+    return {};
+  return make_error(Errc::invalid_argument,
+                    fmt::format("{}: is {}; expected a regular file or nothing under this name",
+                                path.string(), kind_of(status.st_mode)));
+}
+
+// Gives the finished temporary file its name, or removes it.
+caf::error publish(const std::filesystem::path& temporary, const std::filesystem::path& path) {
+  auto error = check_target(path); // again: writing may have taken hours
+  if (!error && ::rename(temporary.c_str(), path.c_str()) != 0)
+    error = os_error(path, "can't be written");
+  if (error)
+    ::unlink(temporary.c_str());
+  return error;
+}
+
 // Creates a file beside `path` under a name nobody else uses, and says which; -1 and errno if not.
 int create_temporary(const std::filesystem::path& path, std::filesystem::path& temporary) {
   constexpr int kAttempts = 100; // names that a crashed process with the same id left behind
@@ -296,6 +337,8 @@ SafetensorsWriter::create(const std::filesystem::path& path,
                           std::map<std::string, std::string> metadata) {
   if (auto error = check_declarations(path, tensors))
     return error;
+  if (auto error = check_target(path))
+    return error;
   metadata.try_emplace("format", "pt");
   const auto text = header_text(tensors, metadata);
   std::unique_ptr<SafetensorsWriter> writer{new SafetensorsWriter};
@@ -349,25 +392,27 @@ caf::error SafetensorsWriter::finish() {
                                   written_.load(), data_bytes_));
   const int closed = ::close(fd_);
   fd_ = -1;
-  if (closed != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) {
+  if (closed != 0) {
     auto error = os_error(path_, "can't be written");
     ::unlink(temporary_.c_str());
     return error;
   }
-  return {};
+  return publish(temporary_, path_);
 }
 
 caf::error write_text_file(const std::filesystem::path& path, std::string_view text) {
+  if (auto error = check_target(path))
+    return error;
   std::filesystem::path temporary;
   const int fd = create_temporary(path, temporary);
   if (fd < 0)
     return os_error(path, "can't be created");
   auto error = write_fully(fd, std::as_bytes(std::span{text}), 0, path);
-  const bool closed = ::close(fd) == 0;
-  if (!error && (!closed || ::rename(temporary.c_str(), path.c_str()) != 0))
+  if (::close(fd) != 0 && !error)
     error = os_error(path, "can't be written");
-  if (error)
-    ::unlink(temporary.c_str());
+  if (!error)
+    return publish(temporary, path);
+  ::unlink(temporary.c_str());
   return error;
 }
 

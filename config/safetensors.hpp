@@ -78,7 +78,8 @@ struct TensorDeclaration {
 
 // Writes a file of tensors that are declared at the start; their data then comes in pieces of any
 // size, either in order (`append`) or at places (`write_at`, from any thread). The file appears
-// under its name when `finish` succeeds; without that nothing is left behind.
+// under its name when `finish` succeeds; without that nothing is left behind. A regular file under
+// that name is replaced; anything else (a directory, device, FIFO or link) is refused.
 class SafetensorsWriter {
 public:
   // `metadata` gets {"format": "pt"} unless it has a "format", which transformers insists on.
@@ -112,7 +113,8 @@ private:
   std::vector<int64_t> positions_;
 };
 
-// Writes `text` under a temporary name and renames it to `path`.
+// Writes `text` under a temporary name and renames it to `path`, where only a regular file or
+// nothing may stand.
 [[nodiscard]] caf::error write_text_file(const std::filesystem::path& path, std::string_view text);
 
 } // namespace troupe

@@ -2,12 +2,18 @@
 #include "tests/config/scratch_folder.hpp"
 
 #include <doctest/doctest.h>
+#include <fmt/format.h>
+
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include <cstring>
 #include <numeric>
 #include <string>
 
 using namespace troupe;
+
+namespace fs = std::filesystem;
 
 namespace {
 
@@ -138,6 +144,45 @@ TEST_CASE("a header that lies is refused with the tensor's name") {
   CHECK(contains(complaint(R"([])", 0), "expected a JSON object"));
   CHECK(contains(complaint(R"({"a":)", 0), "not JSON"));
   CHECK(complaint("{}   ", 0).empty());
+}
+
+TEST_CASE("what is no regular file is never written over") {
+  const ScratchFolder folder;
+  const auto refused = [](const fs::path& path, std::string_view kind) {
+    const auto want = fmt::format("{}: is {}; expected a regular file or nothing under this name",
+                                  path.string(), kind);
+    const auto writer = SafetensorsWriter::create(path, {{"a", DType::f32, {1}}});
+    REQUIRE(!writer);
+    CHECK(text_of(writer.error()) == want);
+    CHECK(code_of(writer.error()) == Errc::invalid_argument);
+    CHECK(text_of(write_text_file(path, "text")) == want);
+  };
+  fs::create_directory(folder / "directory");
+  refused(folder / "directory", "a directory");
+  REQUIRE(::mkfifo((folder / "fifo").c_str(), 0600) == 0);
+  refused(folder / "fifo", "a FIFO");
+  write_file(folder / "target", "kept");
+  fs::create_symlink(folder / "target", folder / "link");
+  refused(folder / "link", "a symbolic link");
+  fs::create_symlink(folder / "nowhere", folder / "dangling");
+  refused(folder / "dangling", "a symbolic link");
+  fs::create_symlink("/dev/null", folder / "null"); // a device by another name
+  refused(folder / "null", "a symbolic link");
+  if (::mknod((folder / "device").c_str(), S_IFCHR | 0600, makedev(1, 3)) == 0) // needs privileges
+    refused(folder / "device", "a device");
+
+  // Also one that appears while the data is written.
+  auto writer = SafetensorsWriter::create(folder / "late", {{"a", DType::u8, {1}}});
+  REQUIRE(writer);
+  fs::create_directory(folder / "late");
+  CHECK(!(*writer)->append(std::vector<std::byte>(1)));
+  CHECK(contains(text_of((*writer)->finish()), "late: is a directory"));
+
+  // A regular file is replaced.
+  CHECK(!write_text_file(folder / "target", "new"));
+  CHECK(read_file(folder / "target") == "new");
+  for (const auto& entry : fs::directory_iterator{folder.path()}) // nothing stays behind
+    CHECK(entry.path().extension() != ".tmp");
 }
 
 TEST_CASE("a file shorter than it says, or with an enormous header, is refused") {
