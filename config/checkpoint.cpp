@@ -1,12 +1,11 @@
 #include "config/checkpoint.hpp"
 
+#include "config/checkpoint_digest.hpp"
 #include "config/json.hpp"
 #include "config/parameters.hpp"
 #include "config/safetensors.hpp"
 
 #include <fmt/format.h>
-
-#include <xxhash.h>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -95,8 +94,7 @@ public:
       return error;
     if (auto error = check_tensors())
       return error;
-    digest_ = compute_digest();
-    return {};
+    return compute_digest();
   }
 
   const ModelConfig& config() const override { return config_; }
@@ -270,16 +268,15 @@ private:
            (config_.num_nextn_predict_layers == 0 && layer_of(name) >= config_.num_hidden_layers);
   }
 
-  // Over names in sorted order: how tensors are spread over files does not matter.
-  uint64_t compute_digest() const {
-    std::string text = to_json(config_);
-    std::vector<const TensorView*> sorted;
+  caf::error compute_digest() {
+    std::vector<const TensorView*> tensors;
     for (const auto& view : views_)
-      sorted.push_back(&view);
-    std::ranges::sort(sorted, {}, [](const TensorView* view) { return view->name; });
-    for (const auto* view : sorted)
-      text += fmt::format("\n{} {} {}", view->name, name_of(view->dtype), shape_text(view->shape));
-    return XXH3_64bits(text.data(), text.size());
+      tensors.push_back(&view);
+    auto digest = digest_checkpoint(to_json(config_), std::move(tensors), paths_);
+    if (!digest)
+      return digest.error();
+    digest_ = *digest;
+    return {};
   }
 
   fs::path folder_;

@@ -1,5 +1,5 @@
 // A checkpoint in Hugging Face format: config.json and one or more safetensors files, memory
-// mapped. Opening reads headers only; a tensor's bytes are touched when somebody reads them.
+// mapped. Opening reads headers and samples; a tensor's bytes are mapped in by whoever reads them.
 //
 // Every tensor that the config calls for is checked by `open`: present, of the right shape, of a
 // dtype Troupe reads (F32, BF16, F16, F8_E4M3 with a companion `_scale_inv`). Unknown extra
@@ -51,7 +51,8 @@ public:
   // nullptr when absent.
   [[nodiscard]] virtual const TensorView* find(std::string_view name) const = 0;
   [[nodiscard]] virtual const std::vector<std::filesystem::path>& files() const = 0;
-  // A hash of config and tensor headers (not of the data): ranks compare it when they join.
+  // Of config, tensors and samples of their data (checkpoint_digest.hpp says what that catches):
+  // ranks compare it when they join, and it is the version of the weights made from these files.
   [[nodiscard]] virtual uint64_t digest() const = 0;
   // Tells the kernel that these bytes won't be needed again, so that they stop counting as
   // resident memory of this process.

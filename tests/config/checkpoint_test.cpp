@@ -1,4 +1,5 @@
 #include "config/checkpoint.hpp"
+#include "config/checkpoint_digest.hpp"
 #include "config/checkpoint_init.hpp"
 #include "config/json.hpp"
 #include "config/parameters.hpp"
@@ -12,7 +13,9 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
+#include <utility>
 
 using namespace troupe;
 
@@ -342,16 +345,134 @@ TEST_CASE("a folder that holds a checkpoint is not overwritten") {
   CHECK(contains(text_of(error), "already holds config.json"));
 }
 
-TEST_CASE("the digest follows config, shapes and dtypes, not the weights' values") {
+TEST_CASE("the digest follows config, shapes, dtypes and the weights, not where they lie") {
   const ScratchFolder folder;
   const auto digest = [&](const ModelConfig& config, InitOptions options) {
     return (*Checkpoint::open(make(folder, config, options)))->digest();
   };
   const auto config = small("tiny-v2");
   const auto base = digest(config, {});
-  CHECK(digest(config, {.seed = 1}) == base);
+  CHECK(digest(config, {}) == base);
+  CHECK(digest(config, {.seed = 1}) != base);
   CHECK(digest(config, {.format = WeightFormat::f32}) != base);
   auto other = config;
   other.rms_norm_eps = 1e-5;
   CHECK(digest(other, {}) != base);
+  const auto path = make(folder, config);
+  fs::rename(path, folder / "moved");
+  CHECK((*Checkpoint::open(folder / "moved"))->digest() == base);
+}
+
+TEST_CASE("any tensor whose data was flipped gives another digest") {
+  const ScratchFolder folder;
+  const auto path = make(folder, small("tiny-v3"), {.format = WeightFormat::fp8});
+  const auto file = path / "model.safetensors";
+  const auto header = (*SafetensorsFile::open(file))->header();
+  const auto bytes = read_file(file);
+  const auto digest = [&] { return (*Checkpoint::open(path))->digest(); };
+  const auto base = digest();
+  std::set<uint64_t> digests{base};
+  for (size_t i = 0; i < header.entries.size(); i += 1 + header.entries.size() / 40) {
+    const auto& entry = header.entries[i];
+    auto flipped = bytes;
+    for (int64_t b = 0; b < entry.num_bytes; ++b)
+      flipped[static_cast<size_t>(entry.offset + b)] ^= 0x01;
+    write_file(file, flipped);
+    CAPTURE(entry.name);
+    CHECK(digests.insert(digest()).second);
+  }
+  write_file(file, bytes);
+  CHECK(digest() == base);
+}
+
+TEST_CASE("a file that shrinks while it is opened is an error, not a crash") {
+  const ScratchFolder folder;
+  const auto path = make(folder, small("tiny-v2"));
+  std::vector<TensorView> views;
+  std::vector<const TensorView*> tensors;
+  const auto file = SafetensorsFile::open(path / "model.safetensors");
+  for (const auto& entry : (*file)->header().entries)
+    views.push_back({entry.name, entry.dtype, entry.shape, (*file)->bytes(entry), 0, entry.offset});
+  for (const auto& view : views)
+    tensors.push_back(&view);
+  const std::vector<fs::path> files{path / "model.safetensors"};
+  CHECK(digest_checkpoint("", tensors, files));
+  fs::resize_file(files[0], fs::file_size(files[0]) - 1);
+  CHECK(contains(text_of(digest_checkpoint("", tensors, files).error()),
+                 "model.safetensors: the file ends early"));
+  fs::remove(files[0]);
+  CHECK(contains(text_of(digest_checkpoint("", tensors, files).error()), "can't be opened"));
+}
+
+namespace {
+
+// The tensors of a checkpoint that nobody has to write, sorted by name.
+struct Extents {
+  std::vector<std::string> names;
+  std::vector<TensorExtent> tensors;
+  Extents(const ModelConfig& config, WeightFormat format) {
+    std::map<std::string, int64_t> sizes;
+    const auto quantization = config.quantization.value_or(QuantizationConfig{});
+    for (const auto& spec : enumerate_tensors(config, config.num_nextn_predict_layers)) {
+      const auto dtype = stored_dtype(spec.role, format);
+      sizes[spec.name] = spec.num_elements() * size_of(dtype);
+      if (dtype == DType::f8_e4m3) {
+        const auto blocks = scale_shape(spec.shape, quantization);
+        sizes[scale_name(spec.name)] = blocks[0] * blocks[1] * 4;
+      }
+    }
+    for (const auto& [name, size] : sizes)
+      names.push_back(name);
+    for (const auto& name : names)
+      tensors.push_back({name, sizes[name]});
+  }
+};
+
+} // namespace
+
+TEST_CASE("DeepSeek-V3's 688 GB are sampled in ten thousand reads that leave no large gap") {
+  const Extents v3{*preset("v3"), WeightFormat::fp8};
+  REQUIRE(v3.tensors.size() == 91'991);
+  const auto samples = plan_samples(v3.tensors);
+  CHECK(samples.size() < 10'500);
+  std::vector<int64_t> starts{0};
+  for (const auto& tensor : v3.tensors)
+    starts.push_back(starts.back() + tensor.num_bytes);
+  CHECK(starts.back() == 688'574'839'360);
+  std::set<size_t> sampled;
+  std::set<int64_t> places;
+  int64_t bytes = 0;
+  for (const auto& sample : samples) {
+    REQUIRE(sample.offset >= 0);
+    REQUIRE(sample.size > 0);
+    REQUIRE(sample.offset + sample.size <= v3.tensors[sample.tensor].num_bytes);
+    sampled.insert(sample.tensor);
+    places.insert(starts[sample.tensor] + sample.offset);
+    bytes += sample.size;
+  }
+  CHECK(bytes < 42'000'000);
+  CHECK(*places.begin() == 0);
+  CHECK(*places.rbegin() >= starts.back() - kSampleBytes);
+  int64_t gap = 0, before = 0;
+  for (const int64_t place : places)
+    gap = std::max(gap, place - std::exchange(before, place));
+  CHECK(gap < 85'000'000);
+  for (size_t i = 0; i < v3.tensors.size(); ++i)
+    if (!contains(v3.names[i], ".mlp.experts."))
+      CHECK(sampled.contains(i));
+}
+
+TEST_CASE("a small checkpoint's samples are all of its bytes, once") {
+  const Extents tiny{*preset("tiny-v3"), WeightFormat::bf16};
+  int64_t total = 0;
+  for (const auto& tensor : tiny.tensors)
+    total += tensor.num_bytes;
+  std::map<size_t, int64_t> seen; // bytes of each tensor, which come in order
+  for (const auto& sample : plan_samples(tiny.tensors)) {
+    CHECK(sample.offset == seen[sample.tensor]);
+    seen[sample.tensor] += sample.size;
+    total -= sample.size;
+  }
+  CHECK(total == 0);
+  CHECK(plan_samples({}).empty());
 }
