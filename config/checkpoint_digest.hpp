@@ -8,9 +8,9 @@
 //   * kEvenSamples blocks of kSampleBytes, evenly spaced from the first byte to the last, and
 //   * one block from the middle of every tensor that belongs to no routed expert
 //
-// are read: some 10,000 blocks and 40 MB of DeepSeek-V3 (32 MB and less is read whole), asked for
-// file by file before they are waited for, which a cached checkpoint answers in 20 ms and an NVMe
-// disk in about twice that.
+// are read: some 10,000 blocks and 40 MB of DeepSeek-V3 (32 MB and less is read whole). A file's
+// samples are asked for together before any is waited for, so a disk sees a queue of them. 162
+// sparse files with V3's 91,991 tensors take 80 ms on two busy cores, half of it for the names.
 //
 // Always caught: another config, tensor, shape or dtype; other data anywhere in a checkpoint of up
 // to 32 MB; a tensor outside the routed experts with other data throughout; a run of changed bytes
