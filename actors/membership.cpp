@@ -23,7 +23,7 @@ std::string disagreement(const JoinRequest& first, const JoinRequest& request) {
   if (request.version != first.version)
     return differ("the version of troupe", first.version, request.version);
   if (request.model_digest != first.model_digest)
-    return differ("the model (digest of its config and tensor headers)",
+    return differ("the model (digest of config, tensors and samples of data)",
                   fmt::format("{:016x}", first.model_digest),
                   fmt::format("{:016x}", request.model_digest));
   if (request.settings_digest != first.settings_digest)

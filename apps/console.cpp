@@ -65,7 +65,7 @@ int after_output(int code) {
 
 caf::error check_writable(const std::string& path) {
   struct stat found {};
-  const bool exists = stat(path.c_str(), &found) == 0;
+  const bool exists = lstat(path.c_str(), &found) == 0; // a link would be replaced, not followed
   if (exists && !S_ISREG(found.st_mode))
     return make_error(Errc::invalid_argument, path + ": is not a regular file");
   const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
