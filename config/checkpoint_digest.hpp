@@ -10,7 +10,7 @@
 //
 // are read: some 10,000 blocks and 40 MB of DeepSeek-V3 (32 MB and less is read whole). A file's
 // samples are asked for together before any is waited for, so a disk sees a queue of them. 162
-// sparse files with V3's 91,991 tensors take 80 ms on two busy cores, half of it for the names.
+// sparse files with V3's 91,991 tensors take 80 ms on two busy cores.
 //
 // Always caught: another config, tensor, shape or dtype; other data anywhere in a checkpoint of up
 // to 32 MB; a tensor outside the routed experts with other data throughout; a run of changed bytes
