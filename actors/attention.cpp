@@ -481,6 +481,7 @@ bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
     draft.num_rows = static_cast<int32_t>(seq->computed) - plan.first_position;
     draft.prompt_length = plan.prompt_length;
     draft.pages = plan.pages;
+    draft.num_modules = seq->request.spec.speculate;
     if (seq->computed >= seq->prompt_length)
       draft.depth = static_cast<int32_t>(
           std::clamp<int64_t>(std::min(left, room) - 1, 0, seq->request.spec.speculate));
@@ -488,7 +489,7 @@ bool start_drafting(AttentionState& state, const std::shared_ptr<Step>& step) {
     const auto count = std::min<int64_t>(known - plan.first_position - 1,
                                          draft.num_rows + state.context->limits.max_speculate);
     draft.next_tokens.assign(from, from + count);
-    pass.num_modules = std::max(pass.num_modules, seq->request.spec.speculate);
+    pass.num_modules = std::max(pass.num_modules, draft.num_modules);
     pass.sequences.push_back(std::move(draft));
     work.sampling.push_back({seq->request.spec.sampling, seq->counts});
   }

@@ -184,14 +184,15 @@ struct DraftSequence {
   int32_t first_row = 0, num_rows = 0, first_position = 0, prompt_length = 0;
   std::vector<int32_t> next_tokens;
   std::vector<int32_t> pages;
-  int32_t depth = 0; // tokens to draft now; 0: only keep the modules' caches up
+  int32_t num_modules = 0; // that this sequence ever passes through: its request's depth
+  int32_t depth = 0;       // tokens to draft now; 0: only keep the modules' caches up
 };
 // Command, TP leader -> MTPs of the group: a pass. Then, between modules, DraftTokens from the
 // leader's MTP to its siblings'.
 struct DraftPlan {
-  uint64_t pass = 0; // passes run in the order of their numbers
-  uint64_t step = 0; // whose hidden states they read
-  int32_t num_modules = 0;
+  uint64_t pass = 0;       // passes run in the order of their numbers
+  uint64_t step = 0;       // whose hidden states they read
+  int32_t num_modules = 0; // of the deepest sequence
   std::vector<DraftSequence> sequences;
 };
 struct DraftTokens {
@@ -343,7 +344,7 @@ typename Inspector::result_type inspect(Inspector& f, StepPlan& x) {
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, DraftSequence& x) {
   return f(caf::meta::type_name("DraftSequence"), x.request, x.first_row, x.num_rows,
-           x.first_position, x.prompt_length, x.next_tokens, x.pages, x.depth);
+           x.first_position, x.prompt_length, x.next_tokens, x.pages, x.num_modules, x.depth);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, DraftPlan& x) {

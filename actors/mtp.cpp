@@ -56,6 +56,9 @@ struct MtpState::Pass {
   [[nodiscard]] int64_t end_row(size_t s) const {
     return plan.sequences[s].first_position + plan.sequences[s].num_rows;
   }
+  // A module that a sequence skipped would not know its rows, so a sequence passes through the same
+  // ones every time, whoever shares the pass.
+  [[nodiscard]] bool passes(size_t s) const { return module < plan.sequences[s].num_modules; }
   [[nodiscard]] const std::byte* state_before(size_t s, int64_t position) const;
   void plan_module();
   void prologue(Workers& workers);
@@ -87,9 +90,11 @@ void MtpState::Pass::plan_module() {
     const auto& q = plan.sequences[s];
     const auto known_now = known(s) + static_cast<int64_t>(drafts[s].size());
     Range range;
-    range.begin =
-        module == 0 ? q.first_position : progress[s].next_row[static_cast<size_t>(module)];
-    range.end = std::max(range.begin, std::min(end_row(s), known_now - (module + 1)));
+    if (passes(s)) {
+      range.begin =
+          module == 0 ? q.first_position : progress[s].next_row[static_cast<size_t>(module)];
+      range.end = std::max(range.begin, std::min(end_row(s), known_now - (module + 1)));
+    }
     range.row = row;
     for (int64_t p = range.begin; p < range.end; ++p)
       tokens.push_back(token_at(s, p + module + 1));
@@ -165,6 +170,8 @@ void MtpState::Pass::sample_drafts(Workers& workers) {
 // Remembers which rows of this module are final, and the state the next one will need.
 void MtpState::Pass::keep_progress() {
   for (size_t s = 0; s < ranges.size(); ++s) {
+    if (!passes(s))
+      continue;
     auto& p = progress[s];
     const auto m = static_cast<size_t>(module);
     p.next_row[m] = std::max<int64_t>(0, std::min(end_row(s), known(s) - (module + 1)));

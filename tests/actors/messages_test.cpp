@@ -91,7 +91,7 @@ TEST_CASE("every message type survives the wire") {
   round_trip(system, StopRank{});
   StepPlan plan{8, {SequencePlan{RequestId{1}, 2, 3, {4}, {5}}}};
   CHECK(round_trip(system, plan).sequences[0].pages == std::vector<int32_t>{5});
-  DraftPlan draft{3, 8, 2, {DraftSequence{RequestId{1}, 0, 1, 2, 3, {4}, {5}, 2}}};
+  DraftPlan draft{3, 8, 2, {DraftSequence{RequestId{1}, 0, 1, 2, 3, {4}, {5}, 3, 2}}};
   CHECK(round_trip(system, draft).sequences[0].depth == 2);
   CHECK(round_trip(system, DraftTokens{1, 0, {-1, 4}}).tokens == std::vector<int32_t>{-1, 4});
   CHECK(round_trip(system, ForgetSequence{RequestId{6}, 9}).after_pass == 9);

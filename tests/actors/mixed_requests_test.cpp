@@ -1,0 +1,84 @@
+// Requests of different kinds beside each other, wrong ones among them, and what a rank does when
+// one of its own actors ends.
+#include "actors/simulated_cluster.hpp"
+#include "tests/actors/small_models.hpp"
+
+#include <caf/exit_reason.hpp>
+#include <caf/send.hpp>
+
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+using namespace troupe;
+using namespace troupe::test;
+
+namespace {
+
+ModelConfig two_layers() {
+  auto config = *preset("tiny-v3");
+  config.num_hidden_layers = 2;
+  return config;
+}
+
+std::unique_ptr<SimulatedCluster> make_cluster(const ClusterOptions& options, uint64_t seed) {
+  SimulatedClusterOptions simulation;
+  simulation.cluster = options;
+  simulation.seed = seed;
+  auto checkpoint = Checkpoint::open(options.model);
+  REQUIRE(checkpoint);
+  auto cluster = SimulatedCluster::start(simulation, *checkpoint);
+  if (!cluster)
+    FAIL(text_of(cluster.error()));
+  return std::move(*cluster);
+}
+
+RequestSpec request(size_t prompt, uint64_t seed, int32_t max_tokens, int32_t speculate) {
+  RequestSpec spec;
+  spec.prompt = random_prompt(prompt, seed, two_layers().vocab_size);
+  spec.max_tokens = max_tokens;
+  spec.ignore_eos = true;
+  spec.speculate = speculate;
+  return spec;
+}
+
+// The answers to `specs`, all submitted at once.
+std::vector<SimulatedAnswer> answers_to(const ClusterOptions& options,
+                                        const std::vector<RequestSpec>& specs, uint64_t seed = 1) {
+  const auto cluster = make_cluster(options, seed);
+  for (const auto& spec : specs)
+    cluster->submit(spec);
+  if (const auto error = cluster->run())
+    FAIL(text_of(error));
+  return cluster->answers();
+}
+
+} // namespace
+
+TEST_CASE("requests may draft to different depths, whenever they come and go") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 512;
+  options.limits.max_speculate = 4;
+  options.limits.prefill_chunk = 8; // so that they start one after another
+  const std::vector<int32_t> depths{1, 3, 2, 4, 0, 1};
+  std::vector<RequestSpec> plain, drafting;
+  for (size_t i = 0; i < depths.size(); ++i) {
+    plain.push_back(request(8, i, 4 + 3 * static_cast<int32_t>(i), 0));
+    drafting.push_back(plain.back());
+    drafting.back().speculate = depths[i];
+  }
+  const auto expected = answers_to(options, plain);
+  for (const int tp : {1, 2}) {
+    set_shape(options, tp, true, 0, tp);
+    const auto answers = answers_to(options, drafting);
+    for (size_t i = 0; i < depths.size(); ++i) {
+      CAPTURE(tp);
+      CAPTURE(i);
+      CHECK(answers[i].done.error == "");
+      CHECK(answers[i].tokens == expected[i].tokens);
+    }
+  }
+}
