@@ -14,6 +14,7 @@
 #include "kernels/weights.hpp"
 #include "transport/fabric.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -27,9 +28,12 @@ struct RankLimits {
   int64_t max_speculate = 0;   // deepest draft
   int64_t max_queue = 1024;    // requests waiting per attention group
   int64_t overlap_rows = 64;   // from here on a step becomes two micro-batches; 0: never
-  // Rows of the largest walk: a step's prompts, tokens and drafts, and one row that a deeper MTP
-  // module may lag behind.
-  [[nodiscard]] int64_t max_rows() const { return prefill_chunk + batch * (2 + max_speculate); }
+  // Rows of the largest walk. A step has its prompts' rows and, for each sequence, a token and its
+  // drafts; when these all turn out right, MTP module k gets as many again and the k - 1 it lags
+  // behind by.
+  [[nodiscard]] int64_t max_rows() const {
+    return prefill_chunk + batch * std::max(1 + max_speculate, 2 * max_speculate);
+  }
 };
 
 struct RankContext {

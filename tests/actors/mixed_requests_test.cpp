@@ -82,3 +82,23 @@ TEST_CASE("requests may draft to different depths, whenever they come and go") {
     }
   }
 }
+
+TEST_CASE("a rank has room for the rows of its modules when every draft is right") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  options.limits.max_speculate = 6;
+  options.limits.batch = 4;
+  options.limits.prefill_chunk = 8;
+  std::vector<RequestSpec> specs;
+  for (uint64_t i = 0; i < 4; ++i) {
+    specs.push_back(request(2, i, 40, 6));
+    specs.back().sampling.logit_bias[5] = 1e6f; // whatever the model says
+  }
+  for (const auto& answer : answers_to(options, specs)) {
+    CHECK(answer.done.error == "");
+    CHECK(answer.tokens == std::vector<int32_t>(40, 5));
+    CHECK(answer.done.drafted > 0);
+    CHECK(answer.done.accepted == answer.done.drafted);
+  }
+}
