@@ -204,12 +204,18 @@ std::pair<Errc, std::string> check(const AttentionState& state, const RequestSpe
   if (length > limits.max_context || (length == limits.max_context && spec.max_tokens > 0))
     return {Errc::invalid_argument, fmt::format("prompt: {} tokens do not fit a context of {}",
                                                 length, limits.max_context)};
+  if (spec.max_tokens < 0)
+    return {Errc::invalid_argument,
+            fmt::format("max_tokens: {} asked for, at least 0 expected", spec.max_tokens)};
   if (pages_for(longest(state, spec)) > pages_for(limits.kv_tokens))
     return {Errc::out_of_memory,
             fmt::format("prompt and answer need {} positions of KV cache, there are {}",
                         longest(state, spec), limits.kv_tokens)};
   if (!spec.stop.empty() && !state.parts.tokenizer)
     return {Errc::invalid_argument, "stop: the model has no tokenizer to find stop strings with"};
+  if (spec.speculate < 0)
+    return {Errc::invalid_argument,
+            fmt::format("speculate: {} asked for, at least 0 expected", spec.speculate)};
   if (spec.speculate > limits.max_speculate)
     return {Errc::invalid_argument, fmt::format("speculate: {} asked for, at most {} here",
                                                 spec.speculate, limits.max_speculate)};

@@ -102,3 +102,16 @@ TEST_CASE("a rank has room for the rows of its modules when every draft is right
     CHECK(answer.done.accepted == answer.done.drafted);
   }
 }
+
+TEST_CASE("a request that makes no sense is refused and harms nobody") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 256;
+  auto negative_length = request(100, 1, -90, 0);
+  auto negative_depth = request(8, 2, 4, -1);
+  const auto answers = answers_to(options, {negative_length, request(8, 3, 4, 2), negative_depth});
+  CHECK(answers[0].done.error == "max_tokens: -90 asked for, at least 0 expected");
+  CHECK(answers[1].done.error == "");
+  CHECK(answers[1].tokens.size() == 4);
+  CHECK(answers[2].done.error == "speculate: -1 asked for, at least 0 expected");
+}
