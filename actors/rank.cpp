@@ -8,6 +8,7 @@
 #include "actors/rank_supervisor.hpp"
 
 #include <caf/actor_cast.hpp>
+#include <caf/default_attachable.hpp>
 #include <caf/io/middleman.hpp>
 #include <caf/openssl/manager.hpp>
 #include <caf/send.hpp>
@@ -123,6 +124,9 @@ struct Rank::Impl {
   template <class Handle>
   void adopt(Route route, const Handle& handle) {
     auto actor = caf::actor_cast<caf::actor>(handle);
+    if (supervisor) // hears when the actor ends, as if it had asked for that itself
+      caf::actor_cast<caf::abstract_actor*>(actor)->attach(
+          caf::default_attachable::make_monitor(actor.address(), supervisor.address()));
     postman.set_route(route, actor);
     actors.push_back(std::move(actor));
   }

@@ -115,3 +115,17 @@ TEST_CASE("a request that makes no sense is refused and harms nobody") {
   CHECK(answers[1].tokens.size() == 4);
   CHECK(answers[2].done.error == "speculate: -1 asked for, at least 0 expected");
 }
+
+TEST_CASE("a rank ends, and says why, when one of its actors does") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 256;
+  for (const auto route : {Route::attention, Route::mtp, Route::expert_shard}) {
+    const auto cluster = make_cluster(options, 1);
+    caf::anon_send_exit(cluster->rank(0).postman().route(route), caf::exit_reason::kill);
+    cluster->submit(request(8, 1, 4, 2));
+    const auto error = cluster->run();
+    CAPTURE(text_of(error));
+    CHECK(text_of(error).find("an actor of this rank ended") != std::string::npos);
+  }
+}
