@@ -1,7 +1,7 @@
 // What the CPU kernels reach of what this machine can do, measured in one run: oneDNN's matmul
 // and the plain read rate of memory are the ceilings.
 //
-//   bench_kernel [backend] [threads] [seconds per measurement]
+//   bench_kernel [backend] [threads] [seconds per measurement] [matmul|streaming|experts|attention]
 //
 // Back of the envelope, two Zen 4 cores at 3.7 GHz: a 512-bit vdpbf16ps a cycle is 64 FLOP, so
 // 474 GFLOP/s in BF16 and half of that in F32. Two cores read about 45 GB/s; at one row a weight
@@ -195,7 +195,7 @@ void bench_streaming(const Backend& backend, ComputeStream& stream, DType dtype)
   const int64_t k = 7168, bytes = int64_t{512} << 20;
   const Matrix w(bytes / k / size_of(dtype) / kPanelRows * kPanelRows, k, dtype);
   const auto size = static_cast<double>(w.m.n * k * size_of(dtype));
-  for (const int64_t m : {1, 2, 4, 8}) {
+  for (const int64_t m : {1, 2, 4, 8, 16}) {
     const Activations x(DType::bf16, m, k);
     Activations out(DType::f32, m, w.m.n);
     const LinearArgs args{m, x.rows(), {}, &w.m, out.out(), {}};
@@ -328,6 +328,8 @@ int main(int argc, char** argv) {
   const Backend* backend = argc > 1 ? find_backend(argv[1]) : &best_backend();
   const int threads = argc > 2 ? std::max(1, std::atoi(argv[2])) : 2;
   g_seconds = argc > 3 ? std::atof(argv[3]) : g_seconds;
+  const std::string only = argc > 4 ? argv[4] : "";
+  const auto wanted = [&](const char* section) { return only.empty() || only == section; };
   if (!backend) {
     std::fprintf(stderr, "bench_kernel: no backend '%s' here\n", argv[1]);
     return 2;
@@ -336,26 +338,33 @@ int main(int argc, char** argv) {
   const auto stream = make_cpu_stream(threads);
   std::printf("%s, %d threads, backend %s\n\n", cpu_name().c_str(), threads, backend->name);
 
-  std::printf("| type |    M |     N |     K |        µs | GFLOP/s |  oneDNN | ratio |\n");
-  std::printf("| ---- | ---- | ----- | ----- | --------- | ------- | ------- | ----- |\n");
-  // bench-1b: q_b, dense up, expert up; V3: kv_a, expert up, expert down.
-  const std::vector<std::pair<int64_t, int64_t>> shapes{{3072, 768}, {4096, 1024}, {512, 1024},
-                                                        {576, 7168}, {2048, 7168}, {7168, 2048}};
-  for (const DType dtype : {DType::bf16, DType::f32})
-    for (const auto& [n, k] : shapes)
-      for (const int64_t m : {1, 8, 48, 64, 512})
-        bench_matmul(*backend, *stream, m, n, k, dtype);
-
-  std::printf("\n| weights | rows | GB/s | read GB/s | ratio |\n| --- | --- | --- | --- | --- |\n");
-  for (const DType dtype : {DType::bf16, DType::f8_e4m3})
-    bench_streaming(*backend, *stream, dtype);
-
-  std::printf("\n| experts | µs | GB/s | read GB/s | ratio |\n| --- | --- | --- | --- | --- |\n");
-  bench_experts(*backend, *stream, "bench-1b", 64, 1024, 512, DType::bf16);
-  bench_experts(*backend, *stream, "V3", 8, 7168, 2048, DType::f8_e4m3);
-
-  std::printf("\n| attention | µs | GFLOP/s |\n| --- | --- | --- |\n");
-  bench_attention(*backend, *stream, "bench-1b", {16, 128, 64, 128, 512, 0.07f}, 512);
-  bench_attention(*backend, *stream, "V3", {128, 128, 64, 128, 512, 0.13f}, 512);
-  bench_attention(*backend, *stream, "V3", {128, 128, 64, 128, 512, 0.13f}, 2048);
+  if (wanted("matmul")) {
+    std::printf("| type |    M |     N |     K |        µs | GFLOP/s |  oneDNN | ratio |\n");
+    std::printf("| ---- | ---- | ----- | ----- | --------- | ------- | ------- | ----- |\n");
+    // bench-1b: q_b, dense up, expert up; V3: kv_a, expert up, expert down.
+    const std::vector<std::pair<int64_t, int64_t>> shapes{{3072, 768}, {4096, 1024}, {512, 1024},
+                                                          {576, 7168}, {2048, 7168}, {7168, 2048}};
+    for (const DType dtype : {DType::bf16, DType::f32})
+      for (const auto& [n, k] : shapes)
+        for (const int64_t m : {1, 8, 48, 64, 512})
+          bench_matmul(*backend, *stream, m, n, k, dtype);
+  }
+  if (wanted("streaming")) {
+    std::printf("\n| weights | rows | GB/s | read GB/s | ratio |\n");
+    std::printf("| --- | --- | --- | --- | --- |\n");
+    for (const DType dtype : {DType::bf16, DType::f8_e4m3})
+      bench_streaming(*backend, *stream, dtype);
+  }
+  if (wanted("experts")) {
+    std::printf("\n| experts | µs | GB/s | read GB/s | ratio |\n");
+    std::printf("| --- | --- | --- | --- | --- |\n");
+    bench_experts(*backend, *stream, "bench-1b", 64, 1024, 512, DType::bf16);
+    bench_experts(*backend, *stream, "V3", 8, 7168, 2048, DType::f8_e4m3);
+  }
+  if (wanted("attention")) {
+    std::printf("\n| attention | µs | GFLOP/s |\n| --- | --- | --- |\n");
+    bench_attention(*backend, *stream, "bench-1b", {16, 128, 64, 128, 512, 0.07f}, 512);
+    bench_attention(*backend, *stream, "V3", {128, 128, 64, 128, 512, 0.13f}, 512);
+    bench_attention(*backend, *stream, "V3", {128, 128, 64, 128, 512, 0.13f}, 2048);
+  }
 }

@@ -1,118 +1,116 @@
-// What a whole rank reaches of what this machine can do: prefill against oneDNN's BF16 matmul,
-// decode against the read rate of memory, both measured in the same run, in turn with the model.
+// What whole ranks reach of what this machine can do: prefill against oneDNN's BF16 matmul, decode
+// against the read rate of memory, loading against reading, residents against what must be held;
+// all measured in the same run, in turn with the model. Ranks are processes on UCX, as users start
+// them, and the client is one, too.
 //
-//   bench_serving MODEL [threads]        MODEL: `troupe init bench-1b DIR --dtype bf16` (or fp8)
+//   bench_serving MODEL [MODEL_FP8] [--threads N]      troupe init bench-1b MODEL --dtype bf16
+//                                                      troupe init bench-1b MODEL_FP8 --dtype fp8
 //
 // Back of the envelope for bench-1b: a decoded token reads its active weights, 231 M without the
 // embedding, once: 462 MB in BF16, so 95 tokens/s at 44 GB/s. A 512-token prompt is 2 · 512 · 231 M
-// = 237 GFLOP without the head on all but one row, a quarter of a second at 1 TFLOP/s.
+// = 237 GFLOP without the head on all but one row, a quarter of a second at 1 TFLOP/s. Of 4 ranks
+// each holds attention, dense and shared experts, embedding and head (0.2 B) and a quarter of the
+// 1.1 B in routed ones: 0.95 GB.
 //
 // The machine may be shared: only ratios within a run mean anything, and medians of five.
+#include "actors/agent.hpp"
+#include "actors/client.hpp"
 #include "actors/in_process_cluster.hpp"
+#include "actors/rank_process.hpp"
 #include "config/parameters.hpp"
 #include "config/random.hpp"
+#include "tests/bench/machine.hpp"
 
 #include <fmt/format.h>
-#include <oneapi/dnnl/dnnl.hpp>
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
 #include <functional>
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
-#include <thread>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 using namespace troupe;
+using namespace troupe::bench;
 
 namespace {
 
 constexpr int kRepeats = 5;
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
 
 [[noreturn]] void fail(const std::string& text) {
   fmt::print(stderr, "bench_serving: {}\n", text);
   std::exit(1);
 }
 
-// Bytes per second at which `threads` threads read a gigabyte of random data.
-class MemoryReader {
-public:
-  explicit MemoryReader(int threads) : threads_(threads), data_(size_t{1} << 27) {
-    KeyedStream random{1};
-    for (auto& v : data_)
-      v = random.next();
-  }
-  double rate() {
-    std::vector<std::thread> team;
-    std::atomic<uint64_t> sink{0};
-    const double start = now();
-    for (int t = 0; t < threads_; ++t)
-      team.emplace_back([&, t] {
-        const size_t n = data_.size() / static_cast<size_t>(threads_);
-        const uint64_t* p = data_.data() + static_cast<size_t>(t) * n;
-        uint64_t a[32] = {};
-        for (size_t i = 0; i + 32 <= n; i += 32)
-          for (size_t j = 0; j < 32; ++j)
-            a[j] ^= p[i + j];
-        uint64_t all = 0;
-        for (const auto v : a)
-          all ^= v;
-        sink ^= all;
-      });
-    for (auto& t : team)
-      t.join();
-    return static_cast<double>(data_.size() * 8) / (now() - start);
-  }
+// ---- what is measured through a client
+// -----------------------------------------------------------
 
-private:
-  int threads_;
-  std::vector<uint64_t> data_;
+// `batch` requests of `prompt` tokens, `answer` answer tokens each.
+struct Work {
+  int batch = 1, prompt = 1, answer = 1;
+  uint64_t seed = 0;
 };
 
-// FLOP per second of oneDNN's BF16 matmul [512, k] x [k, n].
-class OneDnnGemm {
-public:
-  double rate() {
-    const double start = now();
-    int calls = 0;
-    for (; calls < 3 || now() - start < 0.2; ++calls) {
-      matmul_.execute(stream_, arguments_);
-      stream_.wait();
+struct Rates {
+  double prefill = 0, decode = 0; // tokens per second, of all requests together
+  // Of the rank that holds the most beyond its weights and cache.
+  double resident = 0, weights = 0, cache = 0;
+};
+
+caf::expected<Rates> run_work(ClusterClient& client, int64_t vocab, const Work& work) {
+  KeyedStream random{work.seed};
+  double prefill_end = 0;
+  const double start = now();
+  for (int i = 0; i < work.batch; ++i) {
+    RequestSpec spec;
+    for (int t = 0; t < work.prompt; ++t)
+      spec.prompt.push_back(static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab))));
+    spec.max_tokens = work.answer;
+    spec.ignore_eos = true;
+    if (auto id = client.submit(std::move(spec)); !id)
+      return id.error();
+  }
+  std::map<RequestId, int> answered;
+  int in_decode = 0, decoded = 0;
+  RequestHandlers handlers;
+  handlers.on_tokens = [&](const TokensReady& news) {
+    for (size_t i = 0; i < news.tokens.size(); ++i)
+      if (++answered[news.id] == 1) {
+        if (++in_decode == work.batch)
+          prefill_end = now();
+      } else if (in_decode == work.batch) {
+        ++decoded; // counted only once everybody decodes
+      }
+  };
+  for (int i = 0; i < work.batch; ++i)
+    if (auto done = client.wait(handlers); !done)
+      return done.error();
+  const double end = now();
+  auto stats = client.stats();
+  if (!stats)
+    return stats.error();
+  Rates rates{work.batch * work.prompt / (prefill_end - start), decoded / (end - prefill_end)};
+  double most = 0;
+  for (const auto& r : stats->ranks) {
+    const auto own = static_cast<double>(r.weight_bytes + r.kv_bytes);
+    if (const double ratio = static_cast<double>(r.resident_bytes) / own; ratio > most) {
+      most = ratio;
+      rates.resident = static_cast<double>(r.resident_bytes);
+      rates.weights = static_cast<double>(r.weight_bytes);
+      rates.cache = static_cast<double>(r.kv_bytes);
     }
-    return 2.0 * kM * kN * kK * calls / (now() - start);
   }
+  return rates;
+}
 
-private:
-  using Memory = dnnl::memory;
-  static constexpr int64_t kM = 512, kN = 2048, kK = 2048;
-  static Memory::desc desc(int64_t r, int64_t c, Memory::data_type t) {
-    return {{r, c}, t, Memory::format_tag::ab};
-  }
-  dnnl::engine engine_{dnnl::engine::kind::cpu, 0};
-  dnnl::stream stream_{engine_};
-  dnnl::matmul::primitive_desc description_{
-      dnnl::matmul::desc{desc(kM, kK, Memory::data_type::bf16),
-                         Memory::desc{{kK, kN}, Memory::data_type::bf16, Memory::format_tag::any},
-                         desc(kM, kN, Memory::data_type::f32)},
-      engine_};
-  Memory a_{description_.src_desc(), engine_}, b_{description_.weights_desc(), engine_},
-      c_{description_.dst_desc(), engine_};
-  dnnl::matmul matmul_{description_};
-  std::unordered_map<int, Memory> arguments_{
-      {DNNL_ARG_SRC, a_}, {DNNL_ARG_WEIGHTS, b_}, {DNNL_ARG_DST, c_}};
-};
+// ---- clusters of processes
+// -----------------------------------------------------------------------
 
 ClusterOptions options_of(const std::string& model, int ranks, int threads) {
   ClusterOptions o;
@@ -127,124 +125,272 @@ ClusterOptions options_of(const std::string& model, int ranks, int threads) {
   return o;
 }
 
-struct Rates {
-  double prefill = 0, decode = 0; // tokens per second, of all requests together
+bool write_all(int fd, const void* data, size_t size) {
+  return ::write(fd, data, size) == static_cast<ssize_t>(size); // far less than a pipe takes
+}
+bool read_all(int fd, void* data, size_t size) {
+  auto* at = static_cast<char*>(data);
+  while (size > 0) {
+    const auto n = ::read(fd, at, size);
+    if (n <= 0)
+      return false;
+    at += n;
+    size -= static_cast<size_t>(n);
+  }
+  return true;
+}
+
+// An agent with its ranks and a client that does the work it is sent. To be started before this
+// process has threads; ends when the pipe to the client closes.
+class ProcessCluster {
+public:
+  ProcessCluster(const ClusterOptions& options, int64_t vocab) {
+    std::array<int, 2> work{}, rates{};
+    if (pipe2(work.data(), O_CLOEXEC) != 0 || pipe2(rates.data(), O_CLOEXEC) != 0)
+      fail("pipe");
+    pid_ = fork();
+    if (pid_ == 0) {
+      close(work[1]);
+      close(rates[0]);
+      for (const int fd : to_close_)
+        close(fd);
+      _exit(agent(options, vocab, work[0], rates[1]));
+    }
+    close(work[0]);
+    close(rates[1]);
+    work_ = work[1];
+    rates_ = rates[0];
+    to_close_.push_back(work_); // another agent's copy would keep the pipe open
+    (void)run({1, 64, 4, 99});  // waits until it is up, and warms it
+  }
+  ProcessCluster(const ProcessCluster&) = delete;
+  ProcessCluster& operator=(const ProcessCluster&) = delete;
+  ~ProcessCluster() {
+    close(work_);
+    close(rates_);
+    waitpid(pid_, nullptr, 0);
+  }
+  Rates run(const Work& work) {
+    Rates rates;
+    if (!write_all(work_, &work, sizeof work) || !read_all(rates_, &rates, sizeof rates))
+      fail("a cluster has ended");
+    return rates;
+  }
+
+private:
+  static int agent(const ClusterOptions& cluster, int64_t vocab, int work, int rates) {
+    RankProcessOptions process;
+    process.cluster = cluster;
+    AgentOptions o;
+    for (int32_t r = 0; r < cluster.shape.num_ranks; ++r)
+      o.ranks.push_back(RankId{r});
+    o.rank_main = [&](RankId r, AgentChannel& c) {
+      close(work);
+      close(rates);
+      return rank_process_main(r, process, c);
+    };
+    o.client_main = [&](AgentChannel& c) {
+      const auto error = serve(c, vocab, work, rates);
+      if (error)
+        c.say("failed " + text_of(error));
+      return error ? 1 : 0;
+    };
+    return run_agent(o);
+  }
+  static caf::error serve(AgentChannel& channel, int64_t vocab, int work, int rates) {
+    std::optional<std::string> line;
+    do
+      line = channel.hear();
+    while (line && !line->starts_with("seed "));
+    if (!line)
+      return make_error(Errc::peer_lost, "the agent is gone");
+    auto endpoint = parse_endpoint(line->substr(5));
+    if (!endpoint)
+      return endpoint.error();
+    RankSystemConfig config;
+    caf::actor_system system{config};
+    auto client = ClusterClient::connect(system, endpoint->host, endpoint->port, "bench",
+                                         std::chrono::seconds{10});
+    if (!client)
+      return client.error();
+    if (auto info = (*client)->info(std::chrono::minutes{5}); !info)
+      return info.error();
+    for (Work ask; read_all(work, &ask, sizeof ask);) {
+      auto measured = run_work(**client, vocab, ask);
+      if (!measured)
+        return measured.error();
+      if (!write_all(rates, &*measured, sizeof *measured))
+        break;
+    }
+    return {};
+  }
+
+  static inline std::vector<int> to_close_;
+  pid_t pid_ = -1;
+  int work_ = -1, rates_ = -1;
 };
 
-// `batch` requests of `prompt` tokens, `answer` answer tokens each.
-Rates run(ClusterClient& client, int64_t vocab, int batch, int prompt, int answer, uint64_t seed) {
-  KeyedStream random{seed};
-  double prefill_end = 0;
-  const double start = now();
-  for (int i = 0; i < batch; ++i) {
-    RequestSpec spec;
-    for (int t = 0; t < prompt; ++t)
-      spec.prompt.push_back(static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab))));
-    spec.max_tokens = answer;
-    spec.ignore_eos = true;
-    if (auto id = client.submit(std::move(spec)); !id)
-      fail(text_of(id.error()));
-  }
-  std::map<RequestId, int> answered;
-  int in_decode = 0, decoded = 0;
-  RequestHandlers handlers;
-  handlers.on_tokens = [&](const TokensReady& news) {
-    for (size_t i = 0; i < news.tokens.size(); ++i)
-      if (++answered[news.id] == 1) {
-        if (++in_decode == batch)
-          prefill_end = now();
-      } else if (in_decode == batch) {
-        ++decoded; // counted only once everybody decodes
+// Processes that keep every core busy while they live.
+class BusyProcesses {
+public:
+  explicit BusyProcesses(int count) {
+    for (int i = 0; i < count; ++i)
+      if (const pid_t pid = fork(); pid == 0) {
+        for (volatile uint64_t spin = 0;;)
+          spin = spin + 1;
+      } else {
+        pids_.push_back(pid);
       }
-  };
-  for (int i = 0; i < batch; ++i)
-    if (auto done = client.wait(handlers); !done)
-      fail(text_of(done.error()));
-  const double end = now();
-  return {batch * prompt / (prefill_end - start), decoded / (end - prefill_end)};
+  }
+  BusyProcesses(const BusyProcesses&) = delete;
+  BusyProcesses& operator=(const BusyProcesses&) = delete;
+  ~BusyProcesses() {
+    for (const pid_t pid : pids_) {
+      kill(pid, SIGKILL);
+      waitpid(pid, nullptr, 0);
+    }
+  }
+
+private:
+  std::vector<pid_t> pids_;
+};
+
+// ---- rows
+// ------------------------------------------------------------------------------------------
+
+void row(const char* what, double value, const char* unit, double ratio, const char* of) {
+  fmt::print("{:<36} {:>9.1f} {:<9} {:>6.2f} of {}\n", what, value, unit, ratio, of);
+}
+
+struct Model {
+  std::string path;
+  ModelConfig config;
+  std::vector<std::filesystem::path> files;
+  double decode_bytes = 0, prefill_flop_per_token = 0;
+
+  explicit Model(const std::string& folder) : path(folder) {
+    auto checkpoint = Checkpoint::open(folder);
+    if (!checkpoint)
+      fail(text_of(checkpoint.error()));
+    config = (*checkpoint)->config();
+    files = (*checkpoint)->files();
+    const auto counts = count_parameters(config);
+    const auto active = static_cast<double>(counts.active_without_embedding_and_head);
+    // The head stays BF16 in an FP8 checkpoint.
+    decode_bytes = active * (config.quantization ? 1 : 2) +
+                   static_cast<double>(config.vocab_size * config.hidden_size) * 2;
+    prefill_flop_per_token = 2 * active;
+  }
+};
+
+// Loading a whole model into one rank, page cache dropped first, against reading its files once.
+void bench_loading(const Model& model, int threads) {
+  std::vector<double> read, load;
+  for (int i = 0; i < 3; ++i) {
+    drop_cached(model.files);
+    read.push_back(seconds_to_read(model.files));
+    if (read.back() < 0)
+      fail("the checkpoint can't be read");
+    drop_cached(model.files);
+    const double start = now();
+    if (auto cluster = InProcessCluster::start(options_of(model.path, 1, threads)); !cluster)
+      fail(text_of(cluster.error()));
+    load.push_back(now() - start);
+  }
+  row("loading, page cache dropped", median(load), "s", median(load) / median(read),
+      "reading the files once");
+}
+
+void bench_decode(const char* what, const Model& model, ProcessCluster& cluster,
+                  MemoryReader& memory) {
+  std::vector<double> read, decode;
+  for (int i = 0; i < kRepeats; ++i) {
+    read.push_back(memory.rate());
+    decode.push_back(cluster.run({1, 16, 48, static_cast<uint64_t>(i)}).decode);
+  }
+  row(what, median(decode), "tokens/s", median(decode) * model.decode_bytes / median(read),
+      "the memory read rate");
+}
+
+void resident_row(const char* what, const Rates& r) {
+  row(what, r.resident * 1e-6, "MB", r.resident / (r.weights + r.cache), "weights and cache");
+}
+
+struct Arguments {
+  std::string model, model_fp8;
+  int threads = static_cast<int>(std::thread::hardware_concurrency());
+};
+
+Arguments parse(int argc, char** argv) {
+  Arguments a;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--threads" && i + 1 < argc)
+      a.threads = std::atoi(argv[++i]);
+    else
+      (a.model.empty() ? a.model : a.model_fp8) = word;
+  }
+  if (a.model.empty() || a.threads < 1)
+    fail("usage: bench_serving MODEL [MODEL_FP8] [--threads N]");
+  return a;
 }
 
 } // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 2)
-    fail("usage: bench_serving MODEL [threads]");
-  const std::string model = argv[1];
-  const int threads =
-      argc > 2 ? std::atoi(argv[2]) : static_cast<int>(std::thread::hardware_concurrency());
-  auto checkpoint = Checkpoint::open(model);
-  if (!checkpoint)
-    fail(text_of(checkpoint.error()));
-  const auto config = (*checkpoint)->config();
-  const auto counts = count_parameters(config);
-  const double width = config.quantization ? 1.0 : 2.0;
-  // The head stays BF16 in an FP8 checkpoint.
-  const auto head = static_cast<double>(config.vocab_size * config.hidden_size);
-  const double decode_bytes =
-      static_cast<double>(counts.active_without_embedding_and_head) * width + head * 2;
-  const double prefill_flop =
-      2.0 * 512 * static_cast<double>(counts.active_without_embedding_and_head);
+  signal(SIGPIPE, SIG_IGN); // a cluster that ended is told of by name
+  const auto arguments = parse(argc, argv);
+  const int threads = arguments.threads;
+  const Model model{arguments.model};
+  const auto vocab = model.config.vocab_size;
+
+  // Processes before threads.
+  ProcessCluster one{options_of(model.path, 1, threads), vocab};
+  ProcessCluster four{options_of(model.path, 4, threads), vocab};
+  std::optional<Model> fp8;
+  std::optional<ProcessCluster> one_fp8;
+  if (!arguments.model_fp8.empty()) {
+    fp8.emplace(arguments.model_fp8);
+    one_fp8.emplace(options_of(fp8->path, 1, threads), fp8->config.vocab_size);
+  }
 
   MemoryReader memory{threads};
   OneDnnGemm gemm;
   std::vector<double> read, matmul, prefill, decode, decode32, busy, four_prefill, four_decode;
-  {
-    auto cluster = InProcessCluster::start(options_of(model, 1, threads));
-    if (!cluster)
-      fail(text_of(cluster.error()));
-    auto& client = (*cluster)->client();
-    run(client, config.vocab_size, 1, 64, 4, 99);
-    for (int i = 0; i < kRepeats; ++i) {
-      read.push_back(memory.rate());
-      matmul.push_back(gemm.rate());
-      const auto one = run(client, config.vocab_size, 1, 512, 48, static_cast<uint64_t>(i));
-      prefill.push_back(one.prefill);
-      decode.push_back(one.decode);
-      decode32.push_back(
-          run(client, config.vocab_size, 32, 16, 24, static_cast<uint64_t>(i)).decode);
-      // Beside a process's worth of threads that keep every core busy.
-      std::atomic<bool> stop{false};
-      std::vector<std::thread> hogs;
-      for (int t = 0; t < threads; ++t)
-        hogs.emplace_back([&] {
-          while (!stop.load(std::memory_order_relaxed)) {
-          }
-        });
-      busy.push_back(run(client, config.vocab_size, 1, 16, 24, static_cast<uint64_t>(i)).decode);
-      stop = true;
-      for (auto& t : hogs)
-        t.join();
-    }
-  }
-  {
-    auto cluster = InProcessCluster::start(options_of(model, 4, threads));
-    if (!cluster)
-      fail(text_of(cluster.error()));
-    run((*cluster)->client(), config.vocab_size, 1, 64, 4, 99);
-    for (int i = 0; i < kRepeats; ++i) {
-      const auto one =
-          run((*cluster)->client(), config.vocab_size, 1, 512, 48, static_cast<uint64_t>(i));
-      four_prefill.push_back(one.prefill);
-      four_decode.push_back(one.decode);
-    }
+  Rates last, last_of_four;
+  for (int i = 0; i < kRepeats; ++i) {
+    const auto seed = static_cast<uint64_t>(i);
+    read.push_back(memory.rate());
+    matmul.push_back(gemm.rate());
+    last = one.run({1, 512, 48, seed});
+    prefill.push_back(last.prefill);
+    decode.push_back(last.decode);
+    last_of_four = four.run({1, 512, 48, seed});
+    four_prefill.push_back(last_of_four.prefill);
+    four_decode.push_back(last_of_four.decode);
+    decode32.push_back(one.run({32, 16, 24, seed}).decode);
+    const BusyProcesses others{threads};
+    busy.push_back(one.run({1, 16, 24, seed}).decode);
   }
   const double read_rate = median(read), gemm_rate = median(matmul);
   const double decode_rate = median(decode);
   fmt::print("{} threads; medians of {}; memory read {:.1f} GB/s; oneDNN BF16 {:.0f} GFLOP/s\n",
              threads, kRepeats, read_rate * 1e-9, gemm_rate * 1e-9);
-  const auto row = [](const char* what, double value, const char* unit, double ratio,
-                      const char* of) {
-    fmt::print("{:<34} {:>9.1f} {:<9} {:>6.2f} of {}\n", what, value, unit, ratio, of);
-  };
-  row("prefill 512", median(prefill), "tokens/s", median(prefill) / 512 * prefill_flop / gemm_rate,
-      "oneDNN's GEMM rate");
-  row("decode, batch 1", decode_rate, "tokens/s", decode_rate * decode_bytes / read_rate,
+  row("prefill 512", median(prefill), "tokens/s",
+      median(prefill) * model.prefill_flop_per_token / gemm_rate, "oneDNN's GEMM rate");
+  row("decode, batch 1", decode_rate, "tokens/s", decode_rate * model.decode_bytes / read_rate,
       "the memory read rate");
+  if (fp8)
+    bench_decode("decode, batch 1, FP8 weights", *fp8, *one_fp8, memory);
   row("decode, batch 32", median(decode32), "tokens/s", median(decode32) / decode_rate, "batch 1");
-  row("decode beside busy cores", median(busy), "tokens/s", median(busy) / decode_rate,
+  row("decode beside busy processes", median(busy), "tokens/s", median(busy) / decode_rate,
       "the quiet rate");
   row("4 ranks, prefill 512", median(four_prefill), "tokens/s",
       median(four_prefill) / median(prefill), "1 rank");
   row("4 ranks, decode", median(four_decode), "tokens/s", median(four_decode) / decode_rate,
       "1 rank");
+  resident_row("1 rank, resident", last);
+  resident_row("4 ranks, resident, the worst of them", last_of_four);
+  bench_loading(model, threads);
+  return 0;
 }
