@@ -52,10 +52,10 @@ RankLimits resolve(RankLimits limits, const ModelConfig& config, int64_t num_mtp
 // What must be equal on all ranks beside model and arithmetic.
 uint64_t settings_digest(const ClusterOptions& o, const RankLimits& l) {
   const auto text =
-      fmt::format("{} {} {} {} {} {} {} {} {} {} {} {} {}", o.shape.num_ranks, o.shape.joint,
+      fmt::format("{} {} {} {} {} {} {} {} {} {} {} {} {} {}", o.shape.num_ranks, o.shape.joint,
                   o.shape.attention_ranks, o.shape.tp, o.shape.nodes, o.shape.two_hop,
                   o.shape.placement_seed, o.shape.redundant_experts, l.batch, l.prefill_chunk,
-                  l.kv_tokens, l.max_context, l.max_speculate);
+                  l.kv_tokens, l.max_context, l.max_speculate, l.overlap_rows);
   return XXH3_64bits(text.data(), text.size());
 }
 
