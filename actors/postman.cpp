@@ -76,7 +76,8 @@ void Postman::take_control(Envelope envelope) {
   const std::lock_guard lock{control_mutex_};
   auto& inbox = inbox_[envelope.header.source];
   const uint64_t number = envelope.header.aux;
-  if (number < inbox.next || inbox.early.size() >= kMaxEarly)
+  const bool early = number > inbox.next;
+  if (number < inbox.next || (early && inbox.early.size() >= kMaxEarly))
     return;
   inbox.early.emplace(number, std::move(envelope));
   for (auto first = inbox.early.begin(); first != inbox.early.end() && first->first == inbox.next;
