@@ -33,12 +33,21 @@ void pass_back(Self self, const T& message) {
                                        T{message});
 }
 
-void close(GatewayState& state, RequestId id) {
+bool has_open(const GatewayState& state, const caf::actor& client) {
+  return std::any_of(state.open.begin(), state.open.end(),
+                     [&](const auto& open) { return open.second.client == client; });
+}
+
+void close(Self self, RequestId id) {
+  auto& state = self->state;
   const auto open = state.open.find(id);
   if (open == state.open.end())
     return;
   --state.load[static_cast<size_t>(open->second.group)];
+  const auto client = std::move(open->second.client);
   state.open.erase(open);
+  if (!has_open(state, client))
+    self->demonitor(client.address());
 }
 
 RequestId submit(Self self, SubmitRequest& request) {
@@ -46,7 +55,8 @@ RequestId submit(Self self, SubmitRequest& request) {
   const RequestId id{state.next_id++};
   const int32_t group = choose_group(state.load);
   ++state.load[static_cast<size_t>(group)];
-  self->monitor(request.client);
+  if (!has_open(state, request.client))
+    self->monitor(request.client);
   state.open.emplace(id, GatewayState::Open{request.client, group});
   state.context->postman->tell(leader(state, group), Route::attention,
                                RunRequest{id, state.context->self, std::move(request.spec)});
@@ -75,7 +85,7 @@ Gateway::behavior_type gateway(Self self, const RankContext* context, ClusterInf
       [=](RequestDone& news) {
         const RequestId id = news.id;
         pass_on(self, news);
-        close(self->state, id);
+        close(self, id);
       },
       [=](const RowsTaken& taken) { pass_back(self, taken); },
       [=](const CancelRequest& request) { pass_back(self, request); },
