@@ -20,8 +20,12 @@ namespace {
 constexpr size_t kLanes = 2;
 // Rows of logits computed at once: bounds memory, and long enough to use the cores well.
 constexpr int64_t kLogitRows = 64;
-// Rows a client may leave untaken before its request pauses.
-constexpr int64_t kUnacknowledgedBytes = int64_t{64} << 20;
+// Rows of logits or hidden states on their way to clients: of one request, of all, and in one
+// message where its rows are not longer. Half of what a peer's credit lets out, so that large
+// answers never keep a step's messages from leaving.
+constexpr int64_t kRowsOfRequest = int64_t{2} << 20;
+constexpr int64_t kRowsOnTheWay = int64_t{32} << 20;
+constexpr int64_t kRowsOfMessage = int64_t{1} << 20;
 
 bool needs_counts(const SamplingParams& p) {
   return p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
@@ -327,7 +331,7 @@ std::shared_ptr<Step> plan_step(AttentionState& state, Lane& lane) {
   for (const auto& seq : state.active)
     items.push_back({static_cast<int64_t>(seq->tokens.size()), seq->prompt_length, seq->computed,
                      static_cast<int64_t>(seq->drafts.size()),
-                     seq->in_flight || seq->unacknowledged > kUnacknowledgedBytes});
+                     seq->in_flight || !seq->rows.empty() || !seq->ending.empty()});
   const auto& limits = state.context->limits;
   int64_t rows_in_flight = 0;
   for (const auto& other : state.lanes)
@@ -402,9 +406,52 @@ Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
   return walk;
 }
 
-void send_rows(AttentionState& state, Sequence& seq, RowsReady rows) {
-  seq.unacknowledged += static_cast<int64_t>(rows.bytes.size());
-  tell_gateway(state, seq.request, std::move(rows));
+// Rows for a request's client, to be sent in messages of moderate size.
+void queue_rows(Sequence& seq, const RowsReady& rows) {
+  const int64_t row_bytes = rows.num_cols * static_cast<int64_t>(sizeof(float));
+  const int64_t at_once = std::max<int64_t>(1, kRowsOfMessage / row_bytes);
+  for (int64_t begin = 0; begin < rows.num_rows; begin += at_once) {
+    RowsReady part;
+    part.id = rows.id;
+    part.name = rows.name;
+    part.first_row = rows.first_row + begin;
+    part.num_rows = std::min(at_once, rows.num_rows - begin);
+    part.num_cols = rows.num_cols;
+    const auto from = rows.bytes.begin() + begin * row_bytes;
+    part.bytes.assign(from, from + part.num_rows * row_bytes);
+    seq.rows.push_back(std::move(part));
+  }
+}
+
+// Sends the rows that may go, those of the oldest request first.
+void send_rows(AttentionState& state) {
+  int64_t on_the_way = 0;
+  for (const auto& seq : state.active)
+    on_the_way += seq->unacknowledged;
+  for (auto& seq : state.active)
+    while (!seq->rows.empty()) {
+      const auto bytes = static_cast<int64_t>(seq->rows.front().bytes.size());
+      const auto fits = [&](int64_t now, int64_t most) { return now == 0 || now + bytes <= most; };
+      if (!fits(seq->unacknowledged, kRowsOfRequest) || !fits(on_the_way, kRowsOnTheWay))
+        break;
+      seq->unacknowledged += bytes;
+      on_the_way += bytes;
+      tell_gateway(state, seq->request, std::move(seq->rows.front()));
+      seq->rows.pop_front();
+    }
+}
+
+// A client took rows: there is room for more, or its request is over at last.
+void rows_taken(AttentionState& state, const RowsTaken& taken) {
+  for (auto& seq : state.active) {
+    if (seq->request.id != taken.id)
+      continue;
+    seq->unacknowledged -= std::clamp<int64_t>(taken.bytes, 0, seq->unacknowledged);
+    if (!seq->ending.empty() && seq->rows.empty() && seq->unacknowledged == 0)
+      retire(state, seq.get(), std::string{seq->ending});
+    break;
+  }
+  send_rows(state);
 }
 
 // What a sequence learned in this step. The reason to stop, if it has one.
@@ -457,7 +504,7 @@ std::string settle(AttentionState& state, Step& step, size_t index) {
   news.prompt_done = static_cast<int32_t>(std::min(seq.computed, seq.prompt_length));
   tell_gateway(state, seq.request, std::move(news));
   if (raw.num_rows > 0)
-    send_rows(state, seq, std::move(raw));
+    queue_rows(seq, raw);
   return reason;
 }
 
@@ -533,7 +580,7 @@ void step_ended(Self self, Lane& lane, const caf::error& error) {
   for (auto& rows : step->captured)
     for (auto& mine : step->mine)
       if (mine.sequence->request.id == rows.id) {
-        send_rows(state, *mine.sequence, std::move(rows));
+        queue_rows(*mine.sequence, rows);
         break;
       }
   for (size_t i = 0; i < step->mine.size(); ++i) {
@@ -545,9 +592,14 @@ void step_ended(Self self, Lane& lane, const caf::error& error) {
       lane.sequences.push_back(seq);
       continue;
     }
-    retire(state, seq, reason);
     step->mine[i].sequence = nullptr;
+    seq->in_flight = false;
+    if (seq->cancelled || (seq->rows.empty() && seq->unacknowledged == 0))
+      retire(state, seq, reason);
+    else
+      seq->ending = reason; // once its rows are taken
   }
+  send_rows(state);
   lane.drafting = start_drafting(state, step);
   if (!lane.drafting)
     release(state, lane);
@@ -678,9 +730,7 @@ Attention::behavior_type attention(Self self, const RankContext* context, TrunkP
       },
       [=](const Drafts& drafts) { take_drafts(self, drafts); },
       [=](const RowsTaken& taken) {
-        for (auto& seq : self->state.active)
-          if (seq->request.id == taken.id)
-            seq->unacknowledged -= taken.bytes;
+        rows_taken(self->state, taken);
         continue_work(self);
       },
       [=](const CancelRequest& request) {

@@ -59,7 +59,9 @@ struct Sequence {
   std::optional<Detokenizer> detokenizer; // kept only for stop strings
   std::string tail;                       // text that a stop string may still begin in
   int64_t drafted = 0, accepted = 0, steps = 0;
+  std::deque<RowsReady> rows; // to be sent as the client takes those before
   int64_t unacknowledged = 0; // bytes of rows sent and not yet taken
+  std::string ending;         // the reason, once only rows keep the request from ending
   bool in_flight = false;     // in a step, or waiting for drafts
   bool cancelled = false;
   Nanoseconds started{0}, first_token{0};

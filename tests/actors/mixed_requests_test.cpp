@@ -129,3 +129,26 @@ TEST_CASE("a rank ends, and says why, when one of its actors does") {
     CHECK(text_of(error).find("an actor of this rank ended") != std::string::npos);
   }
 }
+
+TEST_CASE("large answers are given out as they are taken, whatever rank they come from") {
+  auto config = two_layers();
+  config.vocab_size = 65536;
+  const TemporaryModel model{config};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  options.limits.max_speculate = 0;
+  const auto spec = [&](uint64_t seed) {
+    auto s = request(300, seed, 0, 0);
+    s.logits = true; // 75 MiB, more than may be on its way to a peer
+    s.hidden_states = true;
+    return s;
+  };
+  const auto expected = answers_to(options, {spec(1), spec(2)});
+  set_shape(options, 2, true, 0, 1);
+  const auto answers = answers_to(options, {spec(1), spec(2)}); // one on each rank
+  for (size_t i = 0; i < 2; ++i) {
+    CHECK(answers[i].done.error == "");
+    CHECK(answers[i].rows.at("logits").size() == size_t{300} * 65536 * 4);
+    CHECK((answers[i].rows == expected[i].rows));
+  }
+}
