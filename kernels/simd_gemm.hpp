@@ -18,8 +18,6 @@ constexpr int64_t bytes_per_pair(Kind k) {
 template <Kind kKind>
 using Input = std::conditional_t<is_dot(kKind), uint16_t, float>;
 
-// F8 weights are decoded in registers while one or two tiles use them, into a buffer otherwise.
-inline constexpr int kMaxInlineF8Rows = 2 * kMaxTileRows;
 // Bytes of the next piece's weights that a tile of some rows prefetches with each pair of K: the
 // first tile of a piece would otherwise wait for memory while the others leave it idle.
 inline constexpr int64_t kPrefetchBytes = 128;
@@ -35,28 +33,41 @@ struct Tile {
   const float* const* scale_x = nullptr; // each row's activation scale for this block, or null
   const std::byte* prefetch = nullptr;   // what will be read next, or null
   const std::byte* prefetch_end = nullptr;
+  // Where the first of several tiles leaves the F8 weights it decodes, in the BF16 layout and from
+  // the pair of `begin` on, for the others; or null.
+  uint16_t* decoded = nullptr;
 };
 
-template <Kind kKind, int C>
+// The weights of one pair of K after another, in registers. With kKeep they are stored as well.
+template <Kind kKind, int C, bool kKeep>
 struct Weights {
   E4m3Decoder decoder{};
-  TROUPE_INLINE Weights() {
+  uint16_t* decoded = nullptr;
+  TROUPE_INLINE Weights(const Tile& t, int group) {
     if constexpr (is_f8(kKind))
       decoder = e4m3_decoder();
+    if constexpr (kKeep)
+      decoded = t.decoded + 32 * group;
   }
-  TROUPE_INLINE void pairs(const std::byte* p, Pairs (&w)[C]) const {
+  TROUPE_INLINE void pairs(const std::byte* p, Pairs (&w)[C]) {
     if constexpr (is_f8(kKind))
       load_e4m3_pairs(decoder, p, w);
     else
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c)
         w[c] = load_pairs(p + 64 * c);
+    if constexpr (kKeep) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c)
+        store_pairs(decoded + 32 * c, w[c]);
+      decoded += 2 * kPanelRows;
+    }
   }
 };
 
 // One K column of a pair, for ranges that begin or end inside a pair.
-template <Kind kKind, int R, int C>
-TROUPE_INLINE void half_step(V (&acc)[R][C], const Weights<kKind, C>& weights,
+template <Kind kKind, int R, int C, bool kKeep>
+TROUPE_INLINE void half_step(V (&acc)[R][C], Weights<kKind, C, kKeep>& weights,
                              const Input<kKind>* const (&a)[R], int64_t i, const std::byte* p,
                              bool is_odd) {
   if constexpr (kKind == Kind::f32_f32) {
@@ -82,8 +93,8 @@ TROUPE_INLINE void half_step(V (&acc)[R][C], const Weights<kKind, C>& weights,
   }
 }
 
-template <Kind kKind, int R, int C>
-TROUPE_INLINE void pair_step(V (&acc)[R][C], const Weights<kKind, C>& weights,
+template <Kind kKind, int R, int C, bool kKeep>
+TROUPE_INLINE void pair_step(V (&acc)[R][C], Weights<kKind, C, kKeep>& weights,
                              const Input<kKind>* const (&a)[R], int64_t i, const std::byte* p) {
   if constexpr (kKind == Kind::f32_f32) {
     const float* w = reinterpret_cast<const float*>(p);
@@ -132,9 +143,9 @@ TROUPE_INLINE void pair_step(V (&acc)[R][C], const Weights<kKind, C>& weights,
 }
 
 // Columns [16·group, 16·(group + C)) of the tile.
-template <Kind kKind, int R, int C>
+template <Kind kKind, int R, int C, bool kKeep>
 TROUPE_INLINE void run_groups(const Tile& t, int group) {
-  const Weights<kKind, C> weights;
+  Weights<kKind, C, kKeep> weights(t, group);
   const Input<kKind>* a[R];
   V acc[R][C];
   float* const out = t.acc + 16 * group;
@@ -152,7 +163,7 @@ TROUPE_INLINE void run_groups(const Tile& t, int group) {
   const int64_t n = t.end - t.begin;
   int64_t i = 0;
   if (t.begin % 2 && n > 0) {
-    half_step<kKind, R, C>(acc, weights, a, 0, p, true);
+    half_step<kKind, R, C, kKeep>(acc, weights, a, 0, p, true);
     p += kPairBytes;
     i = 1;
   }
@@ -160,13 +171,13 @@ TROUPE_INLINE void run_groups(const Tile& t, int group) {
     for (const std::byte* ahead = t.prefetch; i + 2 <= n; i += 2, p += kPairBytes) {
       for (int64_t line = 0; line < kPrefetchBytes; line += 64, ahead += 64)
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      pair_step<kKind, R, C>(acc, weights, a, i, p);
+      pair_step<kKind, R, C, kKeep>(acc, weights, a, i, p);
     }
   else
     for (; i + 2 <= n; i += 2, p += kPairBytes)
-      pair_step<kKind, R, C>(acc, weights, a, i, p);
+      pair_step<kKind, R, C, kKeep>(acc, weights, a, i, p);
   if (i < n)
-    half_step<kKind, R, C>(acc, weights, a, i, p, false);
+    half_step<kKind, R, C, kKeep>(acc, weights, a, i, p, false);
   if (!t.scale_w) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -187,45 +198,47 @@ TROUPE_INLINE void run_groups(const Tile& t, int group) {
   }
 }
 
-template <Kind kKind, int R>
+template <Kind kKind, int R, bool kKeep>
 __attribute__((noinline)) void run_tile(const Tile& t) {
   constexpr int kGroups = tile_groups(R);
   for (int group = 0; group < 4; group += kGroups)
-    run_groups<kKind, R, kGroups>(t, group);
+    run_groups<kKind, R, kGroups, kKeep>(t, group);
 }
 
-template <Kind kKind>
+template <Kind kKind, bool kKeep>
 void run_tile_of(int rows, const Tile& t) {
   static_assert(kMaxTileRows == 6);
   switch (rows) {
   case 1:
-    return run_tile<kKind, 1>(t);
+    return run_tile<kKind, 1, kKeep>(t);
   case 2:
-    return run_tile<kKind, 2>(t);
+    return run_tile<kKind, 2, kKeep>(t);
   case 3:
-    return run_tile<kKind, 3>(t);
+    return run_tile<kKind, 3, kKeep>(t);
   case 4:
-    return run_tile<kKind, 4>(t);
+    return run_tile<kKind, 4, kKeep>(t);
   case 5:
-    return run_tile<kKind, 5>(t);
+    return run_tile<kKind, 5, kKeep>(t);
   default:
-    return run_tile<kKind, 6>(t);
+    return run_tile<kKind, 6, kKeep>(t);
   }
 }
 
 inline void run_tile_of(Kind kind, int rows, const Tile& t) {
   switch (kind) {
   case Kind::f32_f32:
-    return run_tile_of<Kind::f32_f32>(rows, t);
+    return run_tile_of<Kind::f32_f32, false>(rows, t);
   case Kind::f32_bf16:
-    return run_tile_of<Kind::f32_bf16>(rows, t);
+    return run_tile_of<Kind::f32_bf16, false>(rows, t);
   case Kind::f32_f8:
-    return run_tile_of<Kind::f32_f8>(rows, t);
+    return t.decoded ? run_tile_of<Kind::f32_f8, true>(rows, t)
+                     : run_tile_of<Kind::f32_f8, false>(rows, t);
 #if TROUPE_SIMD_DOT
   case Kind::dot_bf16:
-    return run_tile_of<Kind::dot_bf16>(rows, t);
+    return run_tile_of<Kind::dot_bf16, false>(rows, t);
   case Kind::dot_f8:
-    return run_tile_of<Kind::dot_f8>(rows, t);
+    return t.decoded ? run_tile_of<Kind::dot_f8, true>(rows, t)
+                     : run_tile_of<Kind::dot_f8, false>(rows, t);
 #else
   default:
     return;
@@ -233,10 +246,12 @@ inline void run_tile_of(Kind kind, int rows, const Tile& t) {
   }
 }
 
-// `rows` rows in as few and as even tiles as possible.
-inline void run_rows(Kind kind, int64_t rows, Tile t) {
+// `rows` rows in as few and as even tiles as possible. F8 weights are decoded by the first tile,
+// beside its products; `decoded` has room for them where there are several tiles.
+inline void run_rows(Kind kind, int64_t rows, Tile t, uint16_t* decoded) {
   const int64_t tiles = ceil_div(rows, kMaxTileRows);
   const int64_t prefetched = (t.end - t.begin) / 2 * kPrefetchBytes;
+  t.decoded = tiles > 1 && is_f8(kind) ? decoded : nullptr;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t n = rows / tiles + (i < rows % tiles);
     run_tile_of(kind, static_cast<int>(n), t);
@@ -244,6 +259,13 @@ inline void run_rows(Kind kind, int64_t rows, Tile t) {
     t.acc += n * kPanelRows;
     t.scale_x += t.scale_x ? n : 0;
     t.prefetch = t.prefetch_end - t.prefetch > prefetched ? t.prefetch + prefetched : nullptr;
+    if (t.decoded == nullptr)
+      continue;
+    t.w = reinterpret_cast<const std::byte*>(t.decoded);
+    t.decoded = nullptr;
+    t.end -= t.begin / 2 * 2;
+    t.begin %= 2;
+    kind = kind == Kind::dot_f8 ? Kind::dot_bf16 : Kind::f32_bf16;
   }
 }
 
@@ -260,28 +282,22 @@ inline void widen_row(const uint16_t* x, int64_t n, float* out) {
 // E4M3 codes to BF16, exact.
 inline void decode_codes(const uint8_t* codes, int64_t n, uint16_t* out) {
   const E4m3Decoder decoder = e4m3_decoder();
-  for (int64_t i = 0; i < n; i += 64) {
-    std::byte in[64] = {};
-    alignas(64) uint16_t wide[64];
-    const int64_t count = std::min<int64_t>(64, n - i);
-    std::memcpy(in, codes + i, static_cast<size_t>(count));
+  const auto decode64 = [&](const uint8_t* from, uint16_t* to) {
     Pairs p[2];
-    load_e4m3_pairs(decoder, in, p);
-    store_pairs(wide, p[0]);
-    store_pairs(wide + 32, p[1]);
-    std::memcpy(out + i, wide, static_cast<size_t>(2 * count));
-  }
-}
-
-// `pairs` pairs of a panel's E4M3 codes to the BF16 layout.
-inline void decode_weights(const std::byte* w, int64_t pairs, uint16_t* out) {
-  const E4m3Decoder decoder = e4m3_decoder();
-  for (int64_t i = 0; i < 2 * pairs; ++i, w += 64, out += 64) {
-    Pairs p[2];
-    load_e4m3_pairs(decoder, w, p);
-    store_pairs(out, p[0]);
-    store_pairs(out + 32, p[1]);
-  }
+    load_e4m3_pairs(decoder, reinterpret_cast<const std::byte*>(from), p);
+    store_pairs(to, p[0]);
+    store_pairs(to + 32, p[1]);
+  };
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    decode64(codes + i, out + i);
+  if (i == n)
+    return;
+  uint8_t in[64] = {};
+  uint16_t wide[64];
+  std::memcpy(in, codes + i, static_cast<size_t>(n - i));
+  decode64(in, wide);
+  std::memcpy(out + i, wide, static_cast<size_t>(2 * (n - i)));
 }
 
 // Rows per block when num_rows > 0 rows are cut into as few blocks of at most `limit` as possible:
@@ -431,16 +447,7 @@ private:
       t.prefetch = t.w + ceil_div(t.end, 2) * pair_bytes_;
       t.prefetch_end = t.prefetch + n / 2 * pair_bytes_;
     }
-    Kind kind = kind_;
-    if (is_f8(kind) && rows_.num_rows > kMaxInlineF8Rows) {
-      const int64_t first = t.begin / 2, last = ceil_div(t.end, 2);
-      decode_weights(t.w + first * pair_bytes_, last - first, scratch_.weights);
-      t.w = reinterpret_cast<const std::byte*>(scratch_.weights);
-      t.begin -= 2 * first;
-      t.end -= 2 * first;
-      kind = kind == Kind::dot_f8 ? Kind::dot_bf16 : Kind::f32_bf16;
-    }
-    run_rows(kind, rows_.num_rows, t);
+    run_rows(kind_, rows_.num_rows, t, scratch_.weights);
   }
 
   // Row r's columns [begin, begin + n) as the kind wants them.
