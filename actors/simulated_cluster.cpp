@@ -154,6 +154,14 @@ void SimulatedCluster::submit(RequestSpec spec) {
   caf::anon_send(client_->actor, std::move(spec));
 }
 
+void SimulatedCluster::cancel(size_t index, Nanoseconds delay) {
+  events_.schedule(delay, [this, index] {
+    for (const auto& [id, place] : client_->index)
+      if (place == index)
+        members_[0]->rank->postman().tell(RankId{0}, Route::gateway, CancelRequest{id});
+  });
+}
+
 // Runs one ready actor, chosen by the seed, or else the next event. False when nothing is left.
 bool SimulatedCluster::step() {
   std::vector<size_t> ready;

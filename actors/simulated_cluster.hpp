@@ -74,6 +74,8 @@ public:
 
   // Submits a request; its place in the returned order is its index in answers().
   void submit(RequestSpec spec);
+  // Its client gives request number `index` up after `delay` of virtual time.
+  void cancel(size_t index, Nanoseconds delay);
   // Runs until every request is done or nothing can happen any more (then the error says who
   // waits), or until a rank ends with an error.
   [[nodiscard]] caf::error run();

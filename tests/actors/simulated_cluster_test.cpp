@@ -5,6 +5,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -97,6 +98,86 @@ TEST_CASE("a simulated cluster gives the same bits under every seed, delay and d
     CHECK(accepted > 0);
     CHECK(accepted < drafted);
   }
+}
+
+TEST_CASE("requests of every kind come, are cancelled and end in any order, and lose nothing") {
+  auto config = *preset("tiny-v3");
+  config.num_hidden_layers = 2;
+  const TemporaryModel model{config};
+  auto checkpoint = Checkpoint::open(model.path());
+  REQUIRE(checkpoint);
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 256;
+  options.limits.batch = 4;
+  options.limits.prefill_chunk = 8;
+  options.limits.max_speculate = 3;
+  constexpr size_t kRequests = 10;
+  std::vector<RequestSpec> specs;
+  std::vector<std::vector<int32_t>> expected;
+  KeyedStream kinds{5};
+  for (size_t i = 0; i < kRequests; ++i) {
+    RequestSpec spec;
+    spec.prompt = random_prompt(1 + kinds.below(20), i, config.vocab_size);
+    spec.max_tokens = static_cast<int32_t>(kinds.below(12));
+    spec.ignore_eos = true;
+    spec.logits = i % 3 == 0;
+    if (i % 2 == 0) // half of them accept all their drafts
+      spec.sampling.logit_bias[static_cast<int32_t>(i)] = 1e6f;
+    expected.push_back(simulate(options, 1, spec, *checkpoint).first.tokens);
+    specs.push_back(std::move(spec));
+  }
+  RequestSpec last; // needs every page of the cache
+  last.prompt = random_prompt(200, 99, config.vocab_size);
+  last.max_tokens = 56;
+  last.ignore_eos = true;
+  const auto expected_last = simulate(options, 1, last, *checkpoint).first.tokens;
+  int64_t num_cancelled = 0;
+  for (const uint64_t seed : seeds(long_tier() ? 1000 : 40)) {
+    CAPTURE(seed);
+    SimulatedClusterOptions simulation;
+    simulation.cluster = options;
+    simulation.seed = seed;
+    simulation.links.min_delay = Nanoseconds{1'000};
+    simulation.links.max_delay = Nanoseconds{400'000};
+    simulation.links.duplicate_one_in = 5;
+    simulation.links.reorder = true;
+    set_shape(simulation.cluster, 4, seed % 3 != 0, 2, seed % 2 == 0 ? 2 : 1);
+    simulation.cluster.limits.overlap_rows = seed % 7 < 5 ? 1 : 64;
+    auto cluster = SimulatedCluster::start(simulation, *checkpoint);
+    REQUIRE(cluster);
+    KeyedStream random{seed, 2};
+    for (auto spec : specs) {
+      spec.speculate = static_cast<int32_t>(random.below(4));
+      (*cluster)->submit(std::move(spec));
+    }
+    std::vector<bool> cancelled;
+    for (size_t i = 0; i < kRequests; ++i) {
+      cancelled.push_back(random.below(3) == 0);
+      if (cancelled.back())
+        (*cluster)->cancel(i, Nanoseconds{static_cast<int64_t>(random.below(40'000'000))});
+    }
+    if (const auto error = (*cluster)->run())
+      FAIL(text_of(error));
+    (*cluster)->submit(last);
+    if (const auto error = (*cluster)->run())
+      FAIL(text_of(error));
+    const auto& answers = (*cluster)->answers();
+    for (size_t i = 0; i < kRequests; ++i) {
+      CAPTURE(i);
+      const auto& tokens = answers[i].tokens;
+      if (answers[i].done.finish_reason == "cancelled") {
+        CHECK(cancelled[i]);
+        ++num_cancelled;
+        REQUIRE(tokens.size() <= expected[i].size());
+        CHECK(std::equal(tokens.begin(), tokens.end(), expected[i].begin()));
+      } else {
+        CHECK(tokens == expected[i]);
+      }
+    }
+    CHECK(answers.back().tokens == expected_last);
+  }
+  if (!std::getenv("TROUPE_SEED"))
+    CHECK(num_cancelled > 20); // in the middle of something
 }
 
 TEST_CASE("320 simulated ranks run a token") {
