@@ -334,7 +334,9 @@ void quantize_blocks(std::span<const float> values, int64_t cols,
       for (int64_t r = r0; r < r1; ++r)
         for (int64_t c = c0; c < c1; ++c)
           amax = std::max(amax, std::fabs(values[static_cast<size_t>(r * cols + c)]));
-      float scale = amax > 0 ? amax / 448.0f : 1.0f;
+      float scale = amax / 448.0f;
+      if (scale == 0) // zeros, or numbers so small that nothing is left of them
+        scale = 1;
       if (power_of_two) {
         int exponent = 0;
         const float mantissa = std::frexp(scale, &exponent); // in [1/2, 1)

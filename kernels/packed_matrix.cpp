@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace troupe {
 
@@ -51,25 +52,25 @@ float stored_scale(const WeightSource& s, int64_t row_block, int64_t block) {
   return scale;
 }
 
-const std::array<float, 256>& e4m3_values() {
-  static const auto values = [] {
-    std::array<float, 256> v{};
-    for (size_t code = 0; code < v.size(); ++code)
-      v[code] = e4m3_to_float(static_cast<uint8_t>(code));
-    return v;
-  }();
-  return values;
+// e4m3_to_float without a branch, so that loops of it become vectors.
+inline float value_of(uint8_t code) {
+  const int32_t magnitude = code & 0x7f;
+  const int32_t normal = (magnitude << 20) + (120 << 23);
+  const auto small = std::bit_cast<int32_t>(static_cast<float>(magnitude) * 0x1p-9f);
+  const int32_t is_small = -static_cast<int32_t>(magnitude < 8);
+  const int32_t is_nan = -static_cast<int32_t>(magnitude == 0x7f);
+  return std::bit_cast<float>((small & is_small) | (normal & ~is_small) | (0x7fc00000 & is_nan) |
+                              static_cast<int32_t>(code & 0x80u) << 24);
 }
 
 void dequantize(const WeightSource& s, int64_t row, int64_t column, int64_t n, float* out) {
-  const auto& values = e4m3_values();
-  const std::byte* codes = at(s, row, column);
+  const auto* codes = reinterpret_cast<const uint8_t*>(at(s, row, column));
   for (int64_t i = 0; i < n;) {
     const int64_t block = (column + i) / s.block_cols;
     const int64_t end = std::min(n, (block + 1) * s.block_cols - column);
     const float scale = stored_scale(s, row / s.block_rows, block);
     for (; i < end; ++i)
-      out[i] = values[static_cast<size_t>(codes[i])] * scale;
+      out[i] = value_of(codes[i]) * scale;
   }
 }
 
@@ -103,13 +104,21 @@ void as_stored(const WeightSource& s, int64_t row, int64_t column, int64_t n, co
   std::memcpy(out, at(s, row, column), static_cast<size_t>(n * size_of(s.dtype)));
 }
 
+// to_bf16 without a branch, so that loops of it become vectors.
+inline uint16_t bf16_bits(float x) {
+  const auto bits = std::bit_cast<int32_t>(x);
+  const int32_t is_nan = -static_cast<int32_t>((bits & 0x7fffffff) > 0x7f800000);
+  const int32_t rounded = (bits >> 16) + ((bits & 0xffff) + (bits >> 16 & 1) > 0x8000);
+  return static_cast<uint16_t>((rounded & ~is_nan) | ((bits >> 16 | 0x40) & is_nan));
+}
+
 void to_bf16_bits(const WeightSource& s, int64_t row, int64_t column, int64_t n, const float*,
                   void* to) {
   float values[kTile];
   to_floats(s, row, column, n, nullptr, values);
   auto* out = static_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n; ++i)
-    out[i] = to_bf16(values[i]).bits;
+    out[i] = bf16_bits(values[i]);
 }
 
 // float_to_e4m3 of a finite number without a branch, so that loops of it become vectors. Below the
@@ -122,7 +131,8 @@ inline uint8_t code_of(float x) {
   const int32_t magnitude = std::min(bits & 0x7fffffff, kLargest);
   const int32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
   const int32_t small = std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) & 0xf;
-  return static_cast<uint8_t>((magnitude < kSmallestNormal ? small : normal) | (bits >> 24 & 0x80));
+  const int32_t is_small = -static_cast<int32_t>(magnitude < kSmallestNormal);
+  return static_cast<uint8_t>((small & is_small) | (normal & ~is_small) | (bits >> 24 & 0x80));
 }
 
 // scale: one for each element.
@@ -141,22 +151,33 @@ Convert conversion(DType from, DType to) {
   return to == DType::f32 ? to_floats : to == DType::bf16 ? to_bf16_bits : to_codes;
 }
 
-// The scale of the global block (row_block, block) of a tensor that is to be quantized: from all of
-// the block, also where only a part of it is packed here. Infinite or NaN if an element is.
-float fresh_scale(const WeightSource& s, int64_t row_block, int64_t block) {
+// The scales of a row of global blocks of a tensor that is to be quantized, from `first_block` on:
+// from all of each block, also where only a part of it is packed here. Infinite or NaN where an
+// element is. Row by row, because memory is fast only along rows.
+void fresh_scales(const WeightSource& s, int64_t row_block, int64_t first_block,
+                  std::span<float> scales) {
   const int64_t last_row = std::min((row_block + 1) * s.block_rows, s.total_rows);
-  const int64_t last_column = std::min((block + 1) * s.block_cols, s.total_cols);
-  int32_t amax = 0; // bits, which order magnitudes like numbers, infinity and NaN above all
+  std::ranges::fill(scales, 0.0f); // amax, for now
   float values[kTile];
   for (int64_t row = row_block * s.block_rows; row < last_row; ++row)
-    for (int64_t column = block * s.block_cols; column < last_column; column += kTile) {
-      const int64_t n = std::min(kTile, last_column - column);
-      to_floats(s, row, column, n, nullptr, values);
-      for (int64_t i = 0; i < n; ++i)
-        amax = std::max(amax, std::bit_cast<int32_t>(values[i]) & 0x7fffffff);
+    for (size_t b = 0; b < scales.size(); ++b) {
+      const int64_t begin = (first_block + static_cast<int64_t>(b)) * s.block_cols;
+      const int64_t end = std::min(begin + s.block_cols, s.total_cols);
+      // As bits, which order magnitudes like numbers, infinity and NaN above all.
+      auto amax = std::bit_cast<int32_t>(scales[b]);
+      for (int64_t column = begin; column < end; column += kTile) {
+        const int64_t n = std::min(kTile, end - column);
+        to_floats(s, row, column, n, nullptr, values);
+        for (int64_t i = 0; i < n; ++i)
+          amax = std::max(amax, std::bit_cast<int32_t>(values[i]) & 0x7fffffff);
+      }
+      scales[b] = std::bit_cast<float>(amax);
     }
-  const float scale = std::bit_cast<float>(amax) / 448.0f;
-  return scale == 0 ? 1.0f : scale; // zeros, or numbers so small that nothing is left of them
+  for (float& scale : scales) {
+    scale /= 448.0f;
+    if (scale == 0) // zeros, or numbers so small that nothing is left of them
+      scale = 1;
+  }
 }
 
 caf::error bad_block(const WeightSource& s, std::string_view suffix, int64_t row_block,
@@ -209,28 +230,30 @@ caf::error check_stored_scales(const PackedMatrix& m, const PanelRows& rows) {
 // row above the panel, whose scales stand in lane 63 of `above` (or null).
 caf::error pack_scales(const PackedMatrix& m, const RowOf& row_above, const float* above,
                        const PanelRows& rows, float* out) {
-  const int64_t blocks = scale_blocks(m);
-  for (int64_t b = 0; b < blocks; ++b, out += kPanelRows)
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const auto [source, row] = rows[r];
-      if (source == nullptr) {
-        out[r] = 0;
-        continue;
-      }
-      const int64_t row_block = row / source->block_rows, block = m.k0 / m.block_k + b;
-      if (source->dtype == DType::f8_e4m3) {
-        out[r] = stored_scale(*source, row_block, block);
-      } else if (r > 0 && same_row_block(rows[r - 1], rows[r])) {
-        out[r] = out[r - 1];
-      } else if (r == 0 && above != nullptr && same_row_block(row_above, rows[0])) {
-        out[r] = above[b * kPanelRows + kPanelRows - 1];
-      } else {
-        out[r] = fresh_scale(*source, row_block, block);
-        if (!std::isfinite(out[r]))
-          return bad_block(*source, "", row_block, block,
-                           "of 128×128 can't be quantized: it holds an infinity or NaN");
-      }
+  const int64_t first_block = m.k0 / m.block_k;
+  std::vector<float> scales(static_cast<size_t>(scale_blocks(m))); // of the row at hand
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const auto [source, row] = rows[r];
+    const auto row_block = source == nullptr ? 0 : row / source->block_rows;
+    if (source == nullptr) {
+      std::ranges::fill(scales, 0.0f);
+    } else if (r == 0 && above != nullptr && same_row_block(row_above, rows[0])) {
+      for (size_t b = 0; b < scales.size(); ++b)
+        scales[b] = above[b * kPanelRows + kPanelRows - 1];
+    } else if (r == 0 || !same_row_block(rows[r - 1], rows[r])) {
+      if (source->dtype == DType::f8_e4m3)
+        for (size_t b = 0; b < scales.size(); ++b)
+          scales[b] = stored_scale(*source, row_block, first_block + static_cast<int64_t>(b));
+      else
+        fresh_scales(*source, row_block, first_block, scales);
     }
+    for (size_t b = 0; b < scales.size(); ++b)
+      if (std::isfinite(scales[b]))
+        out[b * kPanelRows + r] = scales[b];
+      else
+        return bad_block(*source, "", row_block, first_block + static_cast<int64_t>(b),
+                         "of 128×128 can't be quantized: it holds an infinity or NaN");
+  }
   return {};
 }
 
@@ -277,9 +300,14 @@ void transpose(const std::array<const std::byte*, kPanelRows>& rows, int64_t uni
 // The multipliers of the panel's row r for `n` columns from `column` of the matrix on.
 void spread_scales(const PackedMatrix& m, const float* scales, size_t r, int64_t column, int64_t n,
                    float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = scales[((m.k0 + column + i) / m.block_k - m.k0 / m.block_k) * kPanelRows +
-                    static_cast<int64_t>(r)];
+  const int64_t first_block = m.k0 / m.block_k, first = m.k0 + column;
+  for (int64_t i = 0; i < n;) {
+    const int64_t block = (first + i) / m.block_k;
+    const int64_t end = std::min(n, (block + 1) * m.block_k - first);
+    std::fill(out + i, out + end,
+              scales[(block - first_block) * kPanelRows + static_cast<int64_t>(r)]);
+    i = end;
+  }
 }
 
 // Columns [begin, begin + k) of the matrix into a panel; `scales` is the panel's, for E4M3.
@@ -287,7 +315,10 @@ template <class Unit>
 void pack_segment(const PackedMatrix& m, const PanelRows& rows, int64_t begin, int64_t k,
                   const float* scales, std::byte* to) {
   const int64_t per_unit = int64_t{sizeof(Unit)} / size_of(m.dtype);
-  alignas(16) std::byte tiles[kPanelRows][kTile * sizeof(float)];
+  // A line more than the columns, so that rows don't meet in the same sets of the cache.
+  constexpr int64_t kLine = 64;
+  const int64_t tile_bytes = kTile * size_of(m.dtype);
+  alignas(kLine) std::byte tiles[kPanelRows * (kTile * sizeof(float) + kLine)];
   std::array<const std::byte*, kPanelRows> from;
   auto* out = reinterpret_cast<Unit*>(to);
   for (int64_t i = 0; i < k; i += kTile) {
@@ -298,16 +329,17 @@ void pack_segment(const PackedMatrix& m, const PanelRows& rows, int64_t begin, i
         from[r] = at(*s, rows[r].row, s->col0 + begin + i);
         continue;
       }
-      from[r] = tiles[r];
-      if (n < kTile || s == nullptr)
-        std::memset(tiles[r], 0, sizeof tiles[r]); // padding, also of an odd K
+      std::byte* const tile = tiles + static_cast<int64_t>(r) * (tile_bytes + kLine);
+      from[r] = tile;
+      if (n < kTile || s == nullptr) // padding, also of an odd K
+        std::memset(tile, 0, static_cast<size_t>(tile_bytes));
       if (s == nullptr)
         continue;
       const auto convert = conversion(s->dtype, m.dtype);
       float scale[kTile];
       if (convert == to_codes)
         spread_scales(m, scales, r, begin + i, n, scale);
-      convert(*s, rows[r].row, s->col0 + begin + i, n, scale, tiles[r]);
+      convert(*s, rows[r].row, s->col0 + begin + i, n, scale, tile);
     }
     const int64_t units = (n + n % 2) / per_unit;
     transpose(from, units, out);

@@ -234,6 +234,46 @@ TEST_CASE("quantizing rounds every float to the code that float_to_e4m3 gives") 
   }
 }
 
+TEST_CASE("conversions give the bits of the plain functions for every kind of number") {
+  // One row of all codes, and of floats around every BF16 tie and border.
+  Source codes{1, 256, DType::f8_e4m3, 128, {}, {1, 0.3f}};
+  for (int c = 0; c < 256; ++c)
+    codes.data.push_back(static_cast<std::byte>(c));
+  Source floats{1, 0, DType::f32, 128, {}, {}};
+  std::vector<float> values;
+  for (const uint32_t high : {0x0000u, 0x0001u, 0x007fu, 0x0080u, 0x3f80u, 0x3f81u, 0x7f7fu})
+    for (const uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      for (const uint32_t sign : {0u, 0x80000000u})
+        values.push_back(std::bit_cast<float>(sign | high << 16 | low));
+  for (const uint32_t bits : {0x7f800000u, 0xff800000u, 0x7f800001u, 0xffffffffu, 0x7fc00000u})
+    values.push_back(std::bit_cast<float>(bits));
+  floats.k = std::ssize(values);
+  floats.data.resize(values.size() * 4);
+  std::memcpy(floats.data.data(), values.data(), floats.data.size());
+  const auto pack_to = [](const Source& source, DType to) {
+    Weight w = empty_weight(to, 1, source.k, whole_k(source.k), 0, 128);
+    const WeightSource part = source.part(0, 1, 0, source.k);
+    REQUIRE(!pack(w.m, {&part, 1}, w.memory.data(), 0, 1));
+    return w;
+  };
+  for (const Source* source : {&codes, &floats}) {
+    const Weight wide = pack_to(*source, DType::f32), narrow = pack_to(*source, DType::bf16);
+    for (int64_t c = 0; c < source->k; ++c) {
+      CAPTURE(c);
+      const float want = element(*source, 0, c);
+      const auto got = load<float>(wide.m.data + index_of(wide.m, source->k, 0, c) * 4);
+      const auto half = load<BF16>(narrow.m.data + index_of(narrow.m, source->k + 1, 0, c) * 2);
+      if (want == want) {
+        CHECK(std::bit_cast<uint32_t>(got) == std::bit_cast<uint32_t>(want));
+        CHECK(half.bits == to_bf16(want).bits);
+      } else {
+        CHECK(got != got);
+        CHECK(to_float(half) != to_float(half));
+      }
+    }
+  }
+}
+
 TEST_CASE("a stored scale that is no positive number is refused by tensor, block and value") {
   Random random(8);
   constexpr float kInf = std::numeric_limits<float>::infinity();
