@@ -372,25 +372,11 @@ std::shared_ptr<Step> plan_step(AttentionState& state, Lane& lane) {
 Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
   Walk walk;
   walk.id = step->plan.id;
-  for (const auto& plan : step->plan.sequences)
-    walk.pages.push_back(plan.pages);
-  int64_t row = 0;
-  for (size_t s = 0; s < step->plan.sequences.size(); ++s) {
-    const auto& plan = step->plan.sequences[s];
-    const auto n = static_cast<int64_t>(plan.tokens.size());
-    const int64_t in_prompt = std::clamp<int64_t>(plan.prompt_length - plan.first_position, 0, n);
-    const int32_t* pages = walk.pages[s].data();
-    if (in_prompt > 0)
-      walk.rows.prompt.push_back({row, in_prompt, plan.first_position, pages});
-    if (in_prompt < n)
-      walk.rows.answer.push_back({row + in_prompt, n - in_prompt,
-                                  plan.first_position + static_cast<int32_t>(in_prompt), pages});
-    for (int64_t i = 0; i < n; ++i)
-      walk.rows.positions.push_back(plan.first_position + static_cast<int32_t>(i));
+  for (const auto& plan : step->plan.sequences) {
+    walk.add_rows(plan.first_position, static_cast<int64_t>(plan.tokens.size()), plan.prompt_length,
+                  plan.pages);
     step->tokens.insert(step->tokens.end(), plan.tokens.begin(), plan.tokens.end());
-    row += n;
   }
-  walk.rows.num_rows = row;
   const auto& layers = state.parts.weights->layers;
   for (size_t l = 0; l < layers.size(); ++l)
     walk.blocks.push_back(

@@ -36,8 +36,18 @@ struct Answer {
 
 } // namespace
 
-size_t answer_row_bytes(DType combine, int64_t hidden) {
-  return row_bytes(combine == DType::bf16 ? RowFormat::bf16 : RowFormat::f32, hidden);
+void Walk::add_rows(int64_t first, int64_t count, int64_t prompt_length,
+                    std::vector<int32_t> sequence_pages) {
+  const int32_t* table = pages.emplace_back(std::move(sequence_pages)).data(); // stays where it is
+  const int64_t in_prompt = std::clamp<int64_t>(prompt_length - first, 0, count);
+  if (in_prompt > 0)
+    rows.prompt.push_back({rows.num_rows, in_prompt, static_cast<int32_t>(first), table});
+  if (in_prompt < count)
+    rows.answer.push_back({rows.num_rows + in_prompt, count - in_prompt,
+                           static_cast<int32_t>(first + in_prompt), table});
+  for (int64_t p = first; p < first + count; ++p)
+    rows.positions.push_back(static_cast<int32_t>(p));
+  rows.num_rows += count;
 }
 
 // Shared with the jobs in flight, so that memory outlives them whatever happens to the actor.
@@ -112,10 +122,8 @@ struct BlockRunner::State {
   [[nodiscard]] int32_t share_begin(int rank) const {
     return static_cast<int32_t>(num_rows() * rank / tp());
   }
-  [[nodiscard]] RowFormat dispatch_format() const {
-    if (context.arithmetic.fp8_activations)
-      return RowFormat::fp8;
-    return a() == DType::bf16 ? RowFormat::bf16 : RowFormat::f32;
+  [[nodiscard]] RowFormat format() const {
+    return dispatch_format(a(), context.arithmetic.fp8_activations);
   }
 
   // ---- jobs; run on the compute stream ----
@@ -258,13 +266,13 @@ void BlockRunner::State::fill_dispatches(Workers& workers) {
   for (auto& table : *tables) {
     const DispatchHead head{static_cast<uint32_t>(table.rows.size()),
                             static_cast<uint32_t>(table.entries.size()),
-                            static_cast<uint32_t>(row_bytes(dispatch_format(), hidden())), 0};
+                            static_cast<uint32_t>(row_bytes(format(), hidden())), 0};
     auto payload = context.fabric->pool().acquire(dispatch_layout(head).total_bytes);
     if (!payload) {
       fail(payload.error());
       return;
     }
-    write_table((*payload)->bytes(), table, dispatch_format(), hidden());
+    write_table((*payload)->bytes(), table, format(), hidden());
     const auto to = table.destination;
     answers.emplace(to, Answer{std::move(table), std::move(*payload), {}});
   }
@@ -280,7 +288,7 @@ void BlockRunner::State::fill_dispatches(Workers& workers) {
 }
 
 void BlockRunner::State::fill_rows(const DispatchTable& table, BufferRef& payload) {
-  const auto stride = row_bytes(dispatch_format(), hidden());
+  const auto stride = row_bytes(format(), hidden());
   std::byte* to = payload->data() + (payload->size() - table.rows.size() * stride);
   const auto h = static_cast<size_t>(hidden());
   for (const auto& row : table.rows) {

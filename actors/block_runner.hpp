@@ -48,6 +48,11 @@ struct Walk {
   std::function<void(Workers&)> epilogue; // reads x; runs in the last job
   // Sees the residual stream before each block (index into blocks); in a job. May be empty.
   std::function<void(size_t)> tap;
+
+  // Appends rows for positions [first, first + count) of a sequence; those below `prompt_length`
+  // take the naive form.
+  void add_rows(int64_t first, int64_t count, int64_t prompt_length,
+                std::vector<int32_t> sequence_pages);
 };
 
 class BlockRunner {
@@ -78,8 +83,5 @@ private:
   std::shared_ptr<State> state_;
   caf::actor_addr self_; // weak: the owner owns this
 };
-
-// A combine answer's row stride.
-[[nodiscard]] size_t answer_row_bytes(DType combine, int64_t hidden);
 
 } // namespace troupe

@@ -182,6 +182,16 @@ size_t row_bytes(RowFormat format, int64_t hidden) {
   return 0;
 }
 
+RowFormat dispatch_format(DType activations, bool fp8_activations) {
+  if (fp8_activations)
+    return RowFormat::fp8;
+  return activations == DType::bf16 ? RowFormat::bf16 : RowFormat::f32;
+}
+
+size_t answer_row_bytes(DType combine, int64_t hidden) {
+  return row_bytes(dispatch_format(combine, false), hidden);
+}
+
 DispatchLayout dispatch_layout(const DispatchHead& head) {
   DispatchLayout layout;
   layout.rows_offset = sizeof(DispatchHead);

@@ -99,6 +99,10 @@ struct DispatchLayout {
 };
 [[nodiscard]] DispatchLayout dispatch_layout(const DispatchHead& head);
 [[nodiscard]] size_t row_bytes(RowFormat format, int64_t hidden);
+// How rows travel to experts.
+[[nodiscard]] RowFormat dispatch_format(DType activations, bool fp8_activations);
+// From one row of an answer to the next.
+[[nodiscard]] size_t answer_row_bytes(DType combine, int64_t hidden);
 // E4M3 codes first; scales start at this offset in a row.
 [[nodiscard]] size_t fp8_scales_offset(int64_t hidden);
 

@@ -1,6 +1,5 @@
 #include "actors/expert_shard.hpp"
 
-#include "actors/block_runner.hpp"
 #include "actors/dispatch_plan.hpp"
 
 #include <caf/actor_cast.hpp>
@@ -59,9 +58,7 @@ struct ExpertShardState::Work {
   [[nodiscard]] int64_t hidden() const { return context.config.hidden_size; }
   [[nodiscard]] DType a() const { return context.arithmetic.activations; }
   [[nodiscard]] RowFormat format() const {
-    if (context.arithmetic.fp8_activations)
-      return RowFormat::fp8;
-    return a() == DType::bf16 ? RowFormat::bf16 : RowFormat::f32;
+    return dispatch_format(a(), context.arithmetic.fp8_activations);
   }
 
   [[nodiscard]] caf::expected<Taken> take(Envelope envelope) const;

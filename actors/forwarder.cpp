@@ -1,6 +1,5 @@
 #include "actors/forwarder.hpp"
 
-#include "actors/block_runner.hpp"
 #include "actors/dispatch_plan.hpp"
 #include "kernels/trunk.hpp"
 
@@ -21,10 +20,8 @@ struct Part {
   BufferRef rows;      // the expert rank's answer
 };
 
-RowFormat dispatch_format(const RankContext& context) {
-  if (context.arithmetic.fp8_activations)
-    return RowFormat::fp8;
-  return context.arithmetic.activations == DType::bf16 ? RowFormat::bf16 : RowFormat::f32;
+RowFormat format_of(const RankContext& context) {
+  return dispatch_format(context.arithmetic.activations, context.arithmetic.fp8_activations);
 }
 
 } // namespace
@@ -95,7 +92,7 @@ void refuse(const RankContext& context, RankId source, const caf::error& why) {
 
 caf::error send_parts(const RankContext& context, ForwarderState::Work& work, uint64_t id,
                       const DispatchView& view) {
-  const auto format = dispatch_format(context);
+  const auto format = format_of(context);
   const int64_t hidden = context.config.hidden_size;
   const auto stride = row_bytes(format, hidden);
   const auto& placement = context.view->layer(work.envelope.header.layer);
@@ -137,7 +134,7 @@ void take_forward(Self self, Envelope envelope) {
     return refuse(context, source, make_error(Errc::malformed, "forward: no such layer"));
   auto view =
       read_dispatch(envelope.payload->bytes(), context.view->layer(static_cast<int64_t>(layer)),
-                    RankId{}, dispatch_format(context), context.config.hidden_size);
+                    RankId{}, format_of(context), context.config.hidden_size);
   if (!view)
     return refuse(context, source, view.error());
   auto work = std::make_shared<ForwarderState::Work>();

@@ -272,22 +272,10 @@ void run_module(Self self) {
   }
   Walk walk;
   walk.id = pass->plan.pass * kWalksPerPass + static_cast<uint64_t>(pass->module) + 1;
-  walk.rows.num_rows = static_cast<int64_t>(pass->tokens.size());
-  for (const auto& q : pass->plan.sequences)
-    walk.pages.push_back(q.pages);
   for (size_t s = 0; s < pass->ranges.size(); ++s) {
     const auto& range = pass->ranges[s];
-    const int64_t n = range.end - range.begin;
-    const int64_t in_prompt =
-        std::clamp<int64_t>(pass->plan.sequences[s].prompt_length - range.begin, 0, n);
-    const auto first = static_cast<int32_t>(range.begin);
-    if (in_prompt > 0)
-      walk.rows.prompt.push_back({range.row, in_prompt, first, walk.pages[s].data()});
-    if (in_prompt < n)
-      walk.rows.answer.push_back({range.row + in_prompt, n - in_prompt,
-                                  first + static_cast<int32_t>(in_prompt), walk.pages[s].data()});
-    for (int64_t p = range.begin; p < range.end; ++p)
-      walk.rows.positions.push_back(static_cast<int32_t>(p));
+    const auto& q = pass->plan.sequences[s];
+    walk.add_rows(range.begin, range.end - range.begin, q.prompt_length, q.pages);
   }
   const auto module = pass->weights_module();
   walk.blocks.push_back({&state.parts.weights->mtp[static_cast<size_t>(module)].block,
