@@ -1,15 +1,12 @@
 #include "actors/attention.hpp"
 
+#include "actors/attention_step.hpp"
 #include "actors/batching.hpp"
 #include "actors/stopping.hpp"
-
-#include <caf/actor_cast.hpp>
-#include <caf/send.hpp>
 
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace troupe {
@@ -18,8 +15,6 @@ namespace {
 
 // Steps in flight at most: step ids tell lanes apart, on siblings as on the leader.
 constexpr size_t kLanes = 2;
-// Rows of logits computed at once: bounds memory, and long enough to use the cores well.
-constexpr int64_t kLogitRows = 64;
 // Rows of logits or hidden states on their way to clients: of one request, of all, and in one
 // message where its rows are not longer. Half of what a peer's credit lets out, so that large
 // answers never keep a step's messages from leaving.
@@ -31,137 +26,8 @@ bool needs_counts(const SamplingParams& p) {
   return p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
 }
 
-} // namespace
-
-// One step: its plan, its memory and what its last job found. Shared with the jobs.
-struct AttentionState::Step {
-  // One row whose logits are wanted.
-  struct LogitRow {
-    int64_t row = 0;     // of the step
-    size_t sequence = 0; // of `plan.sequences`
-    int32_t position = 0;
-    int32_t target = -1; // prompt id whose log-probability is wanted
-    bool sample = false;
-    bool keep = false;  // the raw row is wanted
-    TokenCounts counts; // with the drafts before this row; kept only for penalties
-    Sampled sampled;
-    double logprob = 0;
-    std::vector<uint8_t> raw;
-  };
-  struct Mine { // what the leader knows of a sequence of the plan
-    Sequence* sequence = nullptr;
-    int64_t row_begin = 0;
-    int64_t num_drafts = 0;
-  };
-
-  const RankContext* context = nullptr;
-  TrunkParts parts;
-  std::shared_ptr<Trunk> trunk;
-  StepPlan plan;
-  std::vector<Mine> mine; // empty on a sibling
-  std::vector<int32_t> tokens;
-  BufferRef hidden; // [rows, hidden] in A, after the final norm
-  std::vector<LogitRow> wanted;
-  std::vector<RowsReady> captured;          // hidden states
-  std::vector<SamplingParams> sampling;     // per sequence
-  std::vector<const Sequence*> capture_for; // per sequence or null
-  MutableRows x;
-
-  [[nodiscard]] int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }
-  void prologue(Workers& workers);
-  void epilogue(Workers& workers);
-  void capture(int64_t index, const std::byte* rows);
-  void finish_rows(std::span<LogitRow> rows, const float* logits, Workers& workers);
-};
-
-// ---- jobs -------------------------------------------------------------------------------------
-
-void AttentionState::Step::prologue(Workers&) { trunk->embed(tokens, x); }
-
-void AttentionState::Step::capture(int64_t index, const std::byte* rows) {
-  const auto hidden_size = static_cast<size_t>(context->config.hidden_size);
-  const DType a = context->arithmetic.activations;
-  int64_t row = 0;
-  for (size_t s = 0; s < plan.sequences.size(); ++s) {
-    const auto n = static_cast<int64_t>(plan.sequences[s].tokens.size());
-    if (capture_for[s]) {
-      RowsReady ready;
-      ready.id = plan.sequences[s].request;
-      ready.name = fmt::format("hidden.{}", index);
-      ready.first_row = plan.sequences[s].first_position;
-      ready.num_rows = n;
-      ready.num_cols = static_cast<int64_t>(hidden_size);
-      ready.bytes.resize(static_cast<size_t>(n) * hidden_size * sizeof(float));
-      const std::byte* from =
-          rows + static_cast<size_t>(row) * hidden_size * static_cast<size_t>(size_of(a));
-      for (size_t i = 0; i < static_cast<size_t>(n) * hidden_size; ++i) {
-        float value = 0;
-        if (a == DType::f32)
-          std::memcpy(&value, from + i * 4, 4);
-        else {
-          BF16 b;
-          std::memcpy(&b, from + i * 2, 2);
-          value = to_float(b);
-        }
-        std::memcpy(ready.bytes.data() + i * 4, &value, 4);
-      }
-      captured.push_back(std::move(ready));
-    }
-    row += n;
-  }
-}
-
-void AttentionState::Step::epilogue(Workers& workers) {
-  const DType a = context->arithmetic.activations;
-  const int64_t hidden_size = context->config.hidden_size;
-  const MutableRows h{hidden->data(), a, hidden_size};
-  trunk->final_norm(num_rows(), Rows{x.data, x.dtype, x.stride}, h, workers);
-  if (std::any_of(capture_for.begin(), capture_for.end(), [](auto* s) { return s != nullptr; }))
-    capture(context->config.num_hidden_layers, hidden->data());
-  const auto row_size = static_cast<size_t>(hidden_size * size_of(a));
-  const auto vocab = static_cast<size_t>(context->config.vocab_size);
-  const auto chunk =
-      static_cast<size_t>(std::min<int64_t>(kLogitRows, static_cast<int64_t>(wanted.size())));
-  std::vector<std::byte> gathered(chunk * row_size);
-  std::vector<float> logits(chunk * vocab);
-  for (size_t begin = 0; begin < wanted.size(); begin += chunk) {
-    const size_t n = std::min(chunk, wanted.size() - begin);
-    for (size_t i = 0; i < n; ++i)
-      std::memcpy(gathered.data() + i * row_size,
-                  hidden->data() + static_cast<size_t>(wanted[begin + i].row) * row_size, row_size);
-    trunk->logits(static_cast<int64_t>(n), Rows{gathered.data(), a, hidden_size}, logits.data(),
-                  workers);
-    finish_rows(std::span{wanted}.subspan(begin, n), logits.data(), workers);
-  }
-}
-
-void AttentionState::Step::finish_rows(std::span<LogitRow> rows, const float* logits,
-                                       Workers& workers) {
-  const auto vocab = static_cast<size_t>(context->config.vocab_size);
-  workers.parallel_for(static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end, int) {
-    std::vector<float> scratch;
-    for (int64_t i = begin; i < end; ++i) {
-      auto& row = rows[static_cast<size_t>(i)];
-      const std::span<const float> raw{logits + static_cast<size_t>(i) * vocab, vocab};
-      if (row.sample)
-        row.sampled = sample(raw, sampling[row.sequence], row.counts,
-                             static_cast<uint32_t>(row.position + 1), parts.num_ids, scratch);
-      if (row.target >= 0)
-        row.logprob = log_probability(raw, row.target);
-      if (row.keep) {
-        row.raw.resize(vocab * sizeof(float));
-        std::memcpy(row.raw.data(), raw.data(), row.raw.size());
-      }
-    }
-  });
-}
-
-// ---- the actor --------------------------------------------------------------------------------
-
-namespace {
-
 using Self = Attention::stateful_pointer<AttentionState>;
-using Step = AttentionState::Step;
+using Step = AttentionStep;
 using Lane = AttentionState::Lane;
 
 void continue_work(Self self);
@@ -355,11 +221,11 @@ std::shared_ptr<Step> plan_step(AttentionState& state, Lane& lane) {
     const auto first = seq.tokens.begin() + seq.computed;
     plan.tokens.assign(first, first + (rows.num_rows - rows.num_drafts));
     plan.tokens.insert(plan.tokens.end(), seq.drafts.begin(), seq.drafts.end());
-    Step::Mine mine{&seq, row, rows.num_drafts};
+    const Step::Mine mine{&seq, row};
     want_logits(seq, step->mine.size(), mine, plan, *step);
     step->mine.push_back(mine);
     step->sampling.push_back(seq.request.spec.sampling);
-    step->capture_for.push_back(seq.request.spec.hidden_states ? &seq : nullptr);
+    step->wants_hidden.push_back(seq.request.spec.hidden_states);
     step->plan.sequences.push_back(std::move(plan));
     row += rows.num_rows;
     seq.in_flight = true;
@@ -383,9 +249,7 @@ Walk make_walk(const AttentionState& state, const std::shared_ptr<Step>& step) {
         {&layers[l], static_cast<int32_t>(l), state.parts.cache->layer(static_cast<int64_t>(l))});
   walk.prologue = [step](Workers& workers) { step->prologue(workers); };
   walk.epilogue = [step](Workers& workers) { step->epilogue(workers); };
-  const bool capture = std::any_of(step->capture_for.begin(), step->capture_for.end(),
-                                   [](auto* s) { return s != nullptr; });
-  if (capture)
+  if (step->captures())
     walk.tap = [step](size_t block) {
       step->capture(static_cast<int64_t>(block), static_cast<const std::byte*>(step->x.data));
     };
@@ -598,8 +462,7 @@ void start_walk(Self self, Lane& lane, std::shared_ptr<Step> step) {
   step->parts = state.parts;
   step->trunk = state.trunk;
   step->x = lane.runner->x();
-  if (step->capture_for.empty())
-    step->capture_for.resize(step->plan.sequences.size(), nullptr);
+  step->wants_hidden.resize(step->plan.sequences.size(), false);
   auto walk = make_walk(state, step);
   const auto bytes = static_cast<size_t>(walk.rows.num_rows * state.context->config.hidden_size *
                                          size_of(state.context->arithmetic.activations));

@@ -67,18 +67,19 @@ struct Sequence {
   Nanoseconds started{0}, first_token{0};
 };
 
+struct AttentionStep;
+
 struct AttentionState {
   static inline const char* name = "attention";
   const RankContext* context = nullptr; // not owned; outlives the actor
   TrunkParts parts;
   std::shared_ptr<Trunk> trunk;
-  struct Step;
   // Up to two steps are in flight, each on a lane of its own.
   struct Lane {
     std::unique_ptr<BlockRunner> runner;
     uint64_t next_step = 0;
-    std::shared_ptr<Step> step;       // the one under way
-    bool drafting = false;            // its step is over, drafts are still to come
+    std::shared_ptr<AttentionStep> step; // the one under way
+    bool drafting = false;               // its step is over, drafts are still to come
     std::vector<Sequence*> sequences; // leader: those of the step that ended, until drafts are in
     std::deque<StepPlan> plans;       // sibling: steps to run
   };

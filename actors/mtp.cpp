@@ -1,7 +1,5 @@
 #include "actors/mtp.hpp"
 
-#include <caf/send.hpp>
-
 #include <algorithm>
 #include <cstring>
 
