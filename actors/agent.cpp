@@ -111,6 +111,7 @@ private:
   void tell_seed();
   void begin_stop(int code);
   void blame(Blame blame, const std::string& text, int code);
+  [[nodiscard]] std::string nearest_cause() const;
   void report();
   void complain(const std::string& text);
   [[nodiscard]] bool any_alive() const;
@@ -331,9 +332,26 @@ void Running::blame(Blame blame, const std::string& text, int code) {
     report();
 }
 
+// A rank that lost its peer ends, and is lost to others in its turn: where the lost rank has told
+// its own cause, that one is nearer.
+std::string Running::nearest_cause() const {
+  auto cause = cause_;
+  for (size_t i = 0; i < children_.size(); ++i) {
+    const auto told = std::ranges::find_if(children_, [&](const Child& c) {
+      return c.rank.valid() && !c.failure.empty() &&
+             cause.starts_with(fmt::format("rank {} was lost:", c.rank.value));
+    });
+    if (told == children_.end())
+      break;
+    cause = told->cut_off ? told->failure
+                          : fmt::format("rank {} failed: {}", told->rank.value, told->failure);
+  }
+  return cause;
+}
+
 void Running::report() {
   if (!settled_ && blame_ != Blame::nobody)
-    complain(cause_);
+    complain(nearest_cause());
   settled_ = true;
 }
 
