@@ -114,10 +114,10 @@ void RankHost::shut_down(bool clean) {
       caf::anon_send_exit(*actor, caf::exit_reason::user_shutdown);
       *actor = nullptr;
     }
-  stream_.reset(); // jobs under way end here; their news finds nobody
+  system_->await_all_actors_done(); // from here on nobody starts a job or sends
+  stream_.reset();                  // jobs under way end here; their news finds nobody
   if (fabric_)
     fabric_->stop(clean, 1000);
-  system_->await_all_actors_done();
   rank_.reset();
   fabric_.reset();
   system_.reset();

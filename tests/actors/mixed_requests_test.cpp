@@ -1,5 +1,6 @@
 // Requests of different kinds beside each other, wrong ones among them, and what a rank does when
 // one of its own actors ends.
+#include "actors/in_process_cluster.hpp"
 #include "actors/simulated_cluster.hpp"
 #include "tests/actors/small_models.hpp"
 
@@ -8,8 +9,10 @@
 
 #include <doctest/doctest.h>
 
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 using namespace troupe;
@@ -150,5 +153,22 @@ TEST_CASE("large answers are given out as they are taken, whatever rank they com
     CHECK(answers[i].done.error == "");
     CHECK(answers[i].rows.at("logits").size() == size_t{300} * 65536 * 4);
     CHECK((answers[i].rows == expected[i].rows));
+  }
+}
+
+TEST_CASE("a cluster can be shut down in the middle of its work") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  options.limits.overlap_rows = 1;
+  set_shape(options, 4, true, 0, 2);
+  KeyedStream random{1};
+  for (int round = 0; round < (long_tier() ? 300 : 10); ++round) {
+    auto cluster = InProcessCluster::start(options);
+    if (!cluster)
+      FAIL(text_of(cluster.error()));
+    for (uint64_t i = 0; i < 4; ++i)
+      REQUIRE((*cluster)->client().submit(request(20, i, 200, static_cast<int32_t>(i % 3))));
+    std::this_thread::sleep_for(std::chrono::microseconds{random.below(20'000)});
   }
 }
