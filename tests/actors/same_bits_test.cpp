@@ -106,8 +106,7 @@ Outcome outcome_of(const Run& run, Drafting& drafting) {
   return outcome;
 }
 
-// ---- what may differ without changing a bit
-// ------------------------------------------------------
+// ---- what may differ without changing a bit -----------------------------------------------------
 
 // Factors of one axis exclude each other; those of different axes combine.
 struct Factor {
@@ -247,8 +246,7 @@ Matrix matrix_of(const TemporaryModel& model, const ModelConfig& config, DType c
   return matrix;
 }
 
-// ---- stop strings
-// --------------------------------------------------------------------------------
+// ---- stop strings -------------------------------------------------------------------------------
 
 // A string that ends the answer `tokens` inside a token of its middle, having begun in the one
 // before.

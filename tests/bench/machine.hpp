@@ -10,10 +10,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -27,6 +30,23 @@ inline double now() {
 inline double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
+}
+
+// How many cores are busy during a second in which this process sleeps: what others take, and ranks
+// that should be idle.
+inline double busy_cores() {
+  const auto ticks = [] {
+    std::ifstream stat{"/proc/stat"};
+    std::string cpu;
+    std::array<double, 8> t{}; // user nice system idle iowait irq softirq steal
+    stat >> cpu;
+    for (auto& v : t)
+      stat >> v;
+    return t[0] + t[1] + t[2] + t[5] + t[6] + t[7];
+  };
+  const double before = ticks(), start = now();
+  std::this_thread::sleep_for(std::chrono::seconds{1});
+  return (ticks() - before) / static_cast<double>(::sysconf(_SC_CLK_TCK)) / (now() - start);
 }
 
 // Bytes per second at which `threads` threads read a gigabyte of random data.

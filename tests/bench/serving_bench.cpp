@@ -12,7 +12,8 @@
 // each holds attention, dense and shared experts, embedding and head (0.2 B) and a quarter of the
 // 1.1 B in routed ones: 0.95 GB.
 //
-// The machine may be shared: only ratios within a run mean anything, and medians of five.
+// The machine may be shared: only ratios mean anything. Each is the median of five, whose two sides
+// were measured one right after the other; the first line says how busy others kept the machine.
 #include "actors/agent.hpp"
 #include "actors/client.hpp"
 #include "actors/in_process_cluster.hpp"
@@ -48,8 +49,7 @@ constexpr int kRepeats = 5;
   std::exit(1);
 }
 
-// ---- what is measured through a client
-// -----------------------------------------------------------
+// ---- what is measured through a client ----------------------------------------------------------
 
 // `batch` requests of `prompt` tokens, `answer` answer tokens each.
 struct Work {
@@ -109,8 +109,7 @@ caf::expected<Rates> run_work(ClusterClient& client, int64_t vocab, const Work& 
   return rates;
 }
 
-// ---- clusters of processes
-// -----------------------------------------------------------------------
+// ---- clusters of processes ----------------------------------------------------------------------
 
 ClusterOptions options_of(const std::string& model, int ranks, int threads) {
   ClusterOptions o;
@@ -255,12 +254,26 @@ private:
   std::vector<pid_t> pids_;
 };
 
-// ---- rows
-// ------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
-void row(const char* what, double value, const char* unit, double ratio, const char* of) {
-  fmt::print("{:<36} {:>9.1f} {:<9} {:>6.2f} of {}\n", what, value, unit, ratio, of);
-}
+// A value and its ratio to a ceiling or a peer, several times.
+class Row {
+public:
+  Row(const char* what, const char* unit, const char* of) : what_(what), unit_(unit), of_(of) {}
+  void add(double value, double ratio) {
+    values_.push_back(value);
+    ratios_.push_back(ratio);
+  }
+  void print() const {
+    fmt::print("{:<36} {:>9.1f} {:<9} {:>6.2f} of {}\n", what_, median(values_), unit_,
+               median(ratios_), of_);
+    std::fflush(stdout);
+  }
+
+private:
+  const char *what_, *unit_, *of_;
+  std::vector<double> values_, ratios_;
+};
 
 struct Model {
   std::string path;
@@ -285,35 +298,74 @@ struct Model {
 
 // Loading a whole model into one rank, page cache dropped first, against reading its files once.
 void bench_loading(const Model& model, int threads) {
-  std::vector<double> read, load;
+  Row loading{"loading, page cache dropped", "s", "reading the files once"};
   for (int i = 0; i < 3; ++i) {
     drop_cached(model.files);
-    read.push_back(seconds_to_read(model.files));
-    if (read.back() < 0)
+    const double read = seconds_to_read(model.files);
+    if (read < 0)
       fail("the checkpoint can't be read");
     drop_cached(model.files);
     const double start = now();
     if (auto cluster = InProcessCluster::start(options_of(model.path, 1, threads)); !cluster)
       fail(text_of(cluster.error()));
-    load.push_back(now() - start);
+    const double load = now() - start;
+    loading.add(load, load / read);
   }
-  row("loading, page cache dropped", median(load), "s", median(load) / median(read),
-      "reading the files once");
+  loading.print();
 }
 
 void bench_decode(const char* what, const Model& model, ProcessCluster& cluster,
                   MemoryReader& memory) {
-  std::vector<double> read, decode;
+  Row decode{what, "tokens/s", "the memory read rate"};
   for (int i = 0; i < kRepeats; ++i) {
-    read.push_back(memory.rate());
-    decode.push_back(cluster.run({1, 16, 48, static_cast<uint64_t>(i)}).decode);
+    const double before = memory.rate();
+    const double rate = cluster.run({1, 16, 48, static_cast<uint64_t>(i)}).decode;
+    decode.add(rate, rate * model.decode_bytes / ((before + memory.rate()) / 2));
   }
-  row(what, median(decode), "tokens/s", median(decode) * model.decode_bytes / median(read),
-      "the memory read rate");
+  decode.print();
 }
 
-void resident_row(const char* what, const Rates& r) {
-  row(what, r.resident * 1e-6, "MB", r.resident / (r.weights + r.cache), "weights and cache");
+void bench_prefill(const Model& model, ProcessCluster& cluster, OneDnnGemm& gemm) {
+  Row prefill{"prefill 512", "tokens/s", "oneDNN's GEMM rate"};
+  for (int i = 0; i < kRepeats; ++i) {
+    const double before = gemm.rate();
+    const double rate = cluster.run({1, 512, 2, static_cast<uint64_t>(i)}).prefill;
+    prefill.add(rate, rate * model.prefill_flop_per_token / ((before + gemm.rate()) / 2));
+  }
+  prefill.print();
+}
+
+void bench_batch_and_company(ProcessCluster& cluster, int threads) {
+  Row batch{"decode, batch 32", "tokens/s", "batch 1"};
+  Row busy{"decode beside busy processes", "tokens/s", "the quiet rate"};
+  for (int i = 0; i < kRepeats; ++i) {
+    const Work work{1, 16, 32, static_cast<uint64_t>(i)};
+    const double alone = cluster.run(work).decode;
+    const double together = cluster.run({32, 16, 24, static_cast<uint64_t>(i)}).decode;
+    batch.add(together, together / alone);
+    const BusyProcesses others{threads};
+    const double beside = cluster.run(work).decode;
+    busy.add(beside, beside / alone);
+  }
+  batch.print();
+  busy.print();
+}
+
+void bench_ranks(ProcessCluster& one, ProcessCluster& four) {
+  Row prefill{"4 ranks, prefill 512", "tokens/s", "1 rank"};
+  Row decode{"4 ranks, decode", "tokens/s", "1 rank"};
+  Row resident_one{"1 rank, resident", "MB", "weights and cache"};
+  Row resident_four{"4 ranks, resident, the worst of them", "MB", "weights and cache"};
+  for (int i = 0; i < kRepeats; ++i) {
+    const Work work{1, 512, 48, static_cast<uint64_t>(i)};
+    const auto a = one.run(work), b = four.run(work);
+    prefill.add(b.prefill, b.prefill / a.prefill);
+    decode.add(b.decode, b.decode / a.decode);
+    resident_one.add(a.resident * 1e-6, a.resident / (a.weights + a.cache));
+    resident_four.add(b.resident * 1e-6, b.resident / (b.weights + b.cache));
+  }
+  for (const auto* row : {&prefill, &decode, &resident_one, &resident_four})
+    row->print();
 }
 
 struct Arguments {
@@ -354,43 +406,19 @@ int main(int argc, char** argv) {
     one_fp8.emplace(options_of(fp8->path, 1, threads), fp8->config.vocab_size);
   }
 
+  const double others = busy_cores();
   MemoryReader memory{threads};
   OneDnnGemm gemm;
-  std::vector<double> read, matmul, prefill, decode, decode32, busy, four_prefill, four_decode;
-  Rates last, last_of_four;
-  for (int i = 0; i < kRepeats; ++i) {
-    const auto seed = static_cast<uint64_t>(i);
-    read.push_back(memory.rate());
-    matmul.push_back(gemm.rate());
-    last = one.run({1, 512, 48, seed});
-    prefill.push_back(last.prefill);
-    decode.push_back(last.decode);
-    last_of_four = four.run({1, 512, 48, seed});
-    four_prefill.push_back(last_of_four.prefill);
-    four_decode.push_back(last_of_four.decode);
-    decode32.push_back(one.run({32, 16, 24, seed}).decode);
-    const BusyProcesses others{threads};
-    busy.push_back(one.run({1, 16, 24, seed}).decode);
-  }
-  const double read_rate = median(read), gemm_rate = median(matmul);
-  const double decode_rate = median(decode);
-  fmt::print("{} threads; medians of {}; memory read {:.1f} GB/s; oneDNN BF16 {:.0f} GFLOP/s\n",
-             threads, kRepeats, read_rate * 1e-9, gemm_rate * 1e-9);
-  row("prefill 512", median(prefill), "tokens/s",
-      median(prefill) * model.prefill_flop_per_token / gemm_rate, "oneDNN's GEMM rate");
-  row("decode, batch 1", decode_rate, "tokens/s", decode_rate * model.decode_bytes / read_rate,
-      "the memory read rate");
+  fmt::print(
+      "{} threads; others keep {:.1f} cores busy; memory read {:.1f} GB/s; oneDNN BF16 {:.0f} "
+      "GFLOP/s\n",
+      threads, others, memory.rate() * 1e-9, gemm.rate() * 1e-9);
+  bench_prefill(model, one, gemm);
+  bench_decode("decode, batch 1", model, one, memory);
   if (fp8)
     bench_decode("decode, batch 1, FP8 weights", *fp8, *one_fp8, memory);
-  row("decode, batch 32", median(decode32), "tokens/s", median(decode32) / decode_rate, "batch 1");
-  row("decode beside busy processes", median(busy), "tokens/s", median(busy) / decode_rate,
-      "the quiet rate");
-  row("4 ranks, prefill 512", median(four_prefill), "tokens/s",
-      median(four_prefill) / median(prefill), "1 rank");
-  row("4 ranks, decode", median(four_decode), "tokens/s", median(four_decode) / decode_rate,
-      "1 rank");
-  resident_row("1 rank, resident", last);
-  resident_row("4 ranks, resident, the worst of them", last_of_four);
+  bench_batch_and_company(one, threads);
+  bench_ranks(one, four);
   bench_loading(model, threads);
   return 0;
 }
