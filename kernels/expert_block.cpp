@@ -225,9 +225,12 @@ public:
         pieces.push_back(piece);
     return pieces;
   }
-  void release_scales_of(LoadPlan& plan) const {
+  [[nodiscard]] std::vector<const TensorView*> shared() const {
+    std::vector<const TensorView*> tensors;
     for (const auto& m : matrices_)
-      plan.release_at_end(m.scales);
+      for (const auto* tensor : m.shared())
+        tensors.push_back(tensor);
+    return tensors;
   }
 
   [[nodiscard]] caf::expected<ExpertBlock> load() const {
@@ -302,15 +305,18 @@ load_experts(const Checkpoint& checkpoint, const Arithmetic& arithmetic,
     auto loader = ExpertBlockLoader::make(checkpoint, arithmetic, keys[i]);
     if (!loader)
       return std::move(loader.error());
-    loader->release_scales_of(plan);
     auto pieces = loader->pieces();
-    plan.add(std::move(pieces), [&block = blocks[i], loader = std::move(*loader)]() -> caf::error {
-      auto loaded = loader.load();
-      if (!loaded)
-        return std::move(loaded.error());
-      block = std::move(*loaded);
-      return {};
-    });
+    auto shared = loader->shared();
+    plan.add(
+        std::move(pieces),
+        [&block = blocks[i], loader = std::move(*loader)]() -> caf::error {
+          auto loaded = loader.load();
+          if (!loaded)
+            return std::move(loaded.error());
+          block = std::move(*loaded);
+          return {};
+        },
+        std::move(shared));
   }
   if (auto error = plan.run(num_threads, progress, 0, plan.bytes()))
     return error;

@@ -43,12 +43,13 @@ void ask_for(std::span<const std::byte> bytes) {
 
 } // namespace
 
-void LoadPlan::add(std::vector<Piece> pieces, std::function<caf::error()> work) {
+void LoadPlan::add(std::vector<Piece> pieces, std::function<caf::error()> work,
+                   std::vector<const TensorView*> shared) {
   int64_t bytes = 0;
   for (const auto& piece : pieces)
     bytes += piece.size;
   bytes_ += bytes;
-  jobs_.push_back({std::move(pieces), std::move(work), bytes});
+  jobs_.push_back({std::move(pieces), std::move(shared), std::move(work), bytes});
 }
 
 class LoadPlan::Runner {
@@ -120,27 +121,41 @@ private:
       return;
     ahead_ = std::max(ahead_, i);
     for (; ahead_ < plan_.jobs_.size() && starts_[ahead_] <= starts_[i] + kReadAhead; ++ahead_)
-      for (const auto& piece : plan_.jobs_[ahead_].pieces)
-        ask_for(bytes_of(piece));
+      ask_for(plan_.jobs_[ahead_]);
+  }
+  static void ask_for(const Job& job) {
+    for (const auto& piece : job.pieces)
+      troupe::ask_for(bytes_of(piece));
+    for (const auto* tensor : job.shared)
+      troupe::ask_for(tensor->bytes);
   }
 
   caf::error map_in(const Job& job) {
-    for (const auto& piece : job.pieces) {
+    for (const auto& piece : job.pieces)
+      if (auto error = map_in(*piece.tensor, bytes_of(piece)))
+        return error;
+    for (const auto* tensor : job.shared)
+      if (auto error = map_in(*tensor, tensor->bytes))
+        return error;
+    return {};
+  }
+
+  // `bytes` of a tensor.
+  caf::error map_in([[maybe_unused]] const TensorView& tensor,
+                    [[maybe_unused]] std::span<const std::byte> bytes) {
 #ifdef MADV_POPULATE_READ
-      // Kernels before 5.14 answer EINVAL, and the pages then come in one by one.
-      const int code = advise(bytes_of(piece), MADV_POPULATE_READ);
-      if (code == EFAULT || code == EIO || code == EHWPOISON) {
-        const auto& tensor = *piece.tensor;
-        const auto& files = plan_.checkpoint_->files();
-        const auto file = static_cast<size_t>(tensor.file);
-        return make_error(Errc::io_error,
-                          fmt::format("{}: can't read tensor {}: the file ends early or the disk "
-                                      "failed ({})",
-                                      file < files.size() ? files[file].string() : "checkpoint",
-                                      tensor.name, std::strerror(code)));
-      }
-#endif
+    // Kernels before 5.14 answer EINVAL, and the pages then come in one by one.
+    const int code = advise(bytes, MADV_POPULATE_READ);
+    if (code == EFAULT || code == EIO || code == EHWPOISON) {
+      const auto& files = plan_.checkpoint_->files();
+      const auto file = static_cast<size_t>(tensor.file);
+      return make_error(Errc::io_error,
+                        fmt::format("{}: can't read tensor {}: the file ends early or the disk "
+                                    "failed ({})",
+                                    file < files.size() ? files[file].string() : "checkpoint",
+                                    tensor.name, std::strerror(code)));
     }
+#endif
     return {};
   }
 
@@ -165,8 +180,9 @@ caf::error LoadPlan::run(int num_threads, const LoadProgress& progress, int64_t 
   std::stable_sort(jobs_.begin(), jobs_.end(),
                    [&](const Job& a, const Job& b) { return place(a) < place(b); });
   auto error = Runner{*this, progress, bytes_before, bytes_total}.run(num_threads);
-  for (const auto& bytes : shared_)
-    checkpoint_->release(bytes);
+  for (const auto& job : jobs_)
+    for (const auto* tensor : job.shared)
+      checkpoint_->release(tensor->bytes);
   return error;
 }
 

@@ -31,10 +31,11 @@ public:
     const TensorView* tensor = nullptr;
     int64_t offset = 0, size = 0;
   };
-  // `work` reads the pieces (at least one) and may run on any thread beside other jobs.
-  void add(std::vector<Piece> pieces, std::function<caf::error()> work);
-  // Released when the plan has run; for what many jobs share (block scales).
-  void release_at_end(std::span<const std::byte> bytes) { shared_.push_back(bytes); }
+  // `work` reads the pieces (at least one), and all of the tensors in `shared`, and may run on any
+  // thread beside other jobs. What many jobs share (block scales) is small, does not count as bytes
+  // and is released when the plan has run.
+  void add(std::vector<Piece> pieces, std::function<caf::error()> work,
+           std::vector<const TensorView*> shared = {});
 
   [[nodiscard]] int64_t bytes() const { return bytes_; }
   // Runs all jobs; the first error ends it. `progress` (may be empty) is called by one thread at a
@@ -45,6 +46,7 @@ public:
 private:
   struct Job {
     std::vector<Piece> pieces;
+    std::vector<const TensorView*> shared;
     std::function<caf::error()> work;
     int64_t bytes = 0;
   };
@@ -52,7 +54,6 @@ private:
 
   const Checkpoint* checkpoint_; // outlives the plan
   std::vector<Job> jobs_;
-  std::vector<std::span<const std::byte>> shared_;
   int64_t bytes_ = 0;
 };
 

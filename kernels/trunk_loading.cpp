@@ -179,16 +179,17 @@ void TrunkLoader::table(const std::string& name, const std::byte*& out) {
 }
 
 void TrunkLoader::pack_in_jobs(LoadPlan& plan, const WeightSources::Matrix& m, std::byte* memory) {
-  plan.release_at_end(m.scales);
   const int64_t row_bytes = m.source.total_cols * size_of(m.source.dtype);
   // Pairs of panels, so that quantizing in blocks of 128 rows looks at each block once.
   for_row_runs(m.packed.n, row_bytes, 2 * kPanelRows, [&](int64_t row, int64_t count) {
-    plan.add({{m.tensor, (m.source.row0 + row) * row_bytes, count * row_bytes}},
-             [=]() -> caf::error {
-               auto packed = m.packed;
-               return pack(packed, {&m.source, 1}, memory, row / kPanelRows,
-                           (row + count + kPanelRows - 1) / kPanelRows);
-             });
+    plan.add(
+        {{m.tensor, (m.source.row0 + row) * row_bytes, count * row_bytes}},
+        [=]() -> caf::error {
+          auto packed = m.packed;
+          return pack(packed, {&m.source, 1}, memory, row / kPanelRows,
+                      (row + count + kPanelRows - 1) / kPanelRows);
+        },
+        m.shared());
   });
 }
 
@@ -237,10 +238,10 @@ void TrunkLoader::describe_kv_b(const std::string& name, AttentionWeights& atten
   const auto forms = std::make_shared<const KvBForms>(m, heads, c.qk_nope_head_dim, c.v_head_dim);
   reserve(forms->bytes(), [=, this, &attention](std::byte* memory) {
     forms->attach(memory, attention);
-    plan_.release_at_end(m.scales);
     const int64_t row_bytes = c.kv_lora_rank * size_of(m.source.dtype);
-    plan_.add({{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},
-              [forms, memory] { return forms->pack(memory); });
+    plan_.add(
+        {{m.tensor, m.source.row0 * row_bytes, m.source.rows * row_bytes}},
+        [forms, memory] { return forms->pack(memory); }, m.shared());
   });
 }
 
@@ -342,26 +343,28 @@ void TrunkLoader::compare_head(LoadPlan& plan, Copy& copy) {
     copy.equal = false;
     return;
   }
-  plan.release_at_end(m.scales);
   const int64_t row_bytes = m.source.total_cols * size_of(m.source.dtype);
   for_row_runs(main.n, row_bytes, 2 * kPanelRows, [&](int64_t row, int64_t count) {
-    plan.add({{m.tensor, row * row_bytes, count * row_bytes}}, [=, &copy]() -> caf::error {
-      auto part = m.packed;
-      part.n = count;
-      auto source = m.source;
-      source.row0 = row;
-      source.rows = count;
-      const auto bytes = static_cast<size_t>(packed_bytes(part));
-      auto scratch = MemoryBlock::allocate(bytes);
-      if (!scratch)
-        return std::move(scratch.error());
-      if (auto error = pack(part, {&source, 1}, scratch->data(), 0, part.panels()))
-        return error;
-      const auto there = panels_of(main, row, count);
-      if (std::memcmp(scratch->data(), there.data, bytes) != 0)
-        copy.equal = false;
-      return {};
-    });
+    plan.add(
+        {{m.tensor, row * row_bytes, count * row_bytes}},
+        [=, &copy]() -> caf::error {
+          auto part = m.packed;
+          part.n = count;
+          auto source = m.source;
+          source.row0 = row;
+          source.rows = count;
+          const auto bytes = static_cast<size_t>(packed_bytes(part));
+          auto scratch = MemoryBlock::allocate(bytes);
+          if (!scratch)
+            return std::move(scratch.error());
+          if (auto error = pack(part, {&source, 1}, scratch->data(), 0, part.panels()))
+            return error;
+          const auto there = panels_of(main, row, count);
+          if (std::memcmp(scratch->data(), there.data, bytes) != 0)
+            copy.equal = false;
+          return {};
+        },
+        m.shared());
   });
 }
 

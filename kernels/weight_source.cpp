@@ -80,26 +80,26 @@ DType WeightSources::resident_dtype(Storage storage, DType stored) const {
   return round || stored == DType::bf16 ? DType::bf16 : DType::f32;
 }
 
-std::span<const std::byte> WeightSources::scales_of(const MatrixPart& part) {
+const TensorView* WeightSources::scales_of(const MatrixPart& part) {
   const auto& quantization = checkpoint_.config().quantization;
   const auto name = part.name + ".weight_scale_inv";
   if (!quantization) {
     fail(Errc::malformed, fmt::format("tensor {}.weight is F8_E4M3, but the config has no "
                                       "quantization_config",
                                       part.name));
-    return {};
+    return nullptr;
   }
   const auto blocks = [](int64_t n, int64_t block) { return (n + block - 1) / block; };
   const auto* scales = tensor(name, {blocks(part.total_rows, quantization->block_rows),
                                      blocks(part.total_cols, quantization->block_cols)});
   if (scales == nullptr)
-    return {};
+    return nullptr;
   if (scales->dtype != DType::f32) {
     fail(Errc::unsupported,
          fmt::format("tensor {} has dtype {}, expected F32", name, name_of(scales->dtype)));
-    return {};
+    return nullptr;
   }
-  return scales->bytes;
+  return scales;
 }
 
 WeightSources::Matrix WeightSources::matrix(const MatrixPart& part) {
@@ -121,7 +121,7 @@ WeightSources::Matrix WeightSources::matrix(const MatrixPart& part) {
     m.scales = scales_of(part);
     if (error_)
       return m;
-    m.source.scales = m.scales.data();
+    m.source.scales = m.scales->bytes.data();
     m.source.block_rows = checkpoint_.config().quantization->block_rows;
     m.source.block_cols = checkpoint_.config().quantization->block_cols;
   }

@@ -12,6 +12,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace troupe {
 
@@ -54,15 +55,19 @@ public:
   // Where a part lies in the checkpoint and how it will be held (unbound).
   struct Matrix {
     const TensorView* tensor = nullptr;
-    std::span<const std::byte> scales; // empty without
+    const TensorView* scales = nullptr; // of E4M3
     WeightSource source;
     PackedMatrix packed;
+    // What each job that packs a part of it reads besides the part.
+    [[nodiscard]] std::vector<const TensorView*> shared() const {
+      return scales ? std::vector{scales} : std::vector<const TensorView*>{};
+    }
   };
   Matrix matrix(const MatrixPart& part);
 
 private:
   void fail(Errc code, std::string text);
-  std::span<const std::byte> scales_of(const MatrixPart& part);
+  const TensorView* scales_of(const MatrixPart& part);
   [[nodiscard]] DType resident_dtype(Storage storage, DType stored) const;
 
   const Checkpoint& checkpoint_;

@@ -383,6 +383,31 @@ TEST_CASE("a tensor that is missing, misshapen or gone with its file is named") 
     edited.edit("lm_head.weight").view.dtype = DType::i32;
     CHECK(error() == "tensor lm_head.weight has dtype I32, expected F32, BF16, F16 or F8_E4M3");
   }
+  SUBCASE("in a file of scales that was cut off after it was opened") {
+    InitOptions options;
+    options.format = WeightFormat::fp8;
+    options.max_shard_bytes = 1; // a file for each tensor
+    const TempFolder folder;
+    REQUIRE(!init_checkpoint(checkpoint->config(), folder.path() / "model", options));
+    const auto sharded = open_checkpoint(folder.path() / "model");
+    const auto refused = [&](const std::string& name, auto load) {
+      const auto& scales = *sharded->find(name);
+      const auto& file = sharded->files()[static_cast<size_t>(scales.file)];
+      const auto whole = folder.path() / "whole";
+      constexpr auto kOver = std::filesystem::copy_options::overwrite_existing;
+      std::filesystem::copy_file(file, whole, kOver);
+      std::filesystem::resize_file(file, 0);
+      const auto result = load();
+      std::filesystem::copy_file(whole, file, kOver); // into the same, mapped file
+      REQUIRE_FALSE(result);
+      CHECK(text_of(result.error()).find(file.string() + ": can't read tensor " + name) == 0);
+    };
+    for (const char* part : {"self_attn.o_proj", "self_attn.kv_b_proj"})
+      refused(fmt::format("model.layers.1.{}.weight_scale_inv", part),
+              [&] { return load_trunk(*sharded, arithmetic, {}, 2, {}); });
+    refused("model.layers.1.mlp.experts.4.up_proj.weight_scale_inv",
+            [&] { return ExpertBlock::load(*sharded, arithmetic, 1, ExpertId{4}); });
+  }
   SUBCASE("cut off after the file was opened") {
     const auto& file = checkpoint->files().front();
     std::filesystem::resize_file(file, std::filesystem::file_size(file) / 4);
