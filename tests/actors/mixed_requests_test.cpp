@@ -172,3 +172,25 @@ TEST_CASE("a cluster can be shut down in the middle of its work") {
     std::this_thread::sleep_for(std::chrono::microseconds{random.below(20'000)});
   }
 }
+
+TEST_CASE("a rank that is lost in the middle of the work ends the others with that cause") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  options.limits.overlap_rows = 1;
+  set_shape(options, 4, true, 0, 2);
+  KeyedStream random{2};
+  for (int round = 0; round < (long_tier() ? 300 : 10); ++round) {
+    auto cluster = InProcessCluster::start(options);
+    if (!cluster)
+      FAIL(text_of(cluster.error()));
+    for (uint64_t i = 0; i < 4; ++i)
+      REQUIRE((*cluster)->client().submit(request(20, i, 200, static_cast<int32_t>(i % 3))));
+    std::this_thread::sleep_for(std::chrono::microseconds{random.below(20'000)});
+    (*cluster)->host(1).shut_down(false);
+    for (const size_t r : {0, 2, 3}) {
+      const auto error = (*cluster)->host(r).await_end();
+      CHECK(text_of(error).find("rank 1 was lost") != std::string::npos);
+    }
+  }
+}
