@@ -194,3 +194,32 @@ TEST_CASE("a rank that is lost in the middle of the work ends the others with th
     }
   }
 }
+
+TEST_CASE("a cluster that is told to stop in the middle of its work ends without an error") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  options.limits.overlap_rows = 1;
+  set_shape(options, 4, true, 0, 2);
+  KeyedStream random{3};
+  for (int round = 0; round < (long_tier() ? 300 : 10); ++round) {
+    auto cluster = InProcessCluster::start(options);
+    if (!cluster)
+      FAIL(text_of(cluster.error()));
+    for (uint64_t i = 0; i < 4; ++i)
+      REQUIRE((*cluster)->client().submit(request(20, i, 200, static_cast<int32_t>(i % 3))));
+    std::this_thread::sleep_for(std::chrono::microseconds{random.below(20'000)});
+    REQUIRE_FALSE((*cluster)->client().stop_cluster());
+    std::vector<std::string> ends(4);
+    std::vector<std::thread> threads;
+    for (size_t r = 1; r < 4; ++r) // as its process does
+      threads.emplace_back([&, r] {
+        ends[r] = text_of((*cluster)->host(r).await_end());
+        (*cluster)->host(r).shut_down(ends[r].empty());
+      });
+    ends[0] = text_of((*cluster)->host(0).await_end());
+    for (auto& thread : threads)
+      thread.join();
+    CHECK(ends == std::vector<std::string>(4));
+  }
+}
