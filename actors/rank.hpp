@@ -32,7 +32,7 @@ struct ClusterOptions {
   std::optional<std::string> fp8; // "weights" or "activations"
   std::string backend = "simd";
   RankLimits limits;   // zeros take defaults
-  int num_threads = 0; // per rank; 0: cores / local ranks
+  int num_threads = 0; // per rank; 0: cores / local ranks, at least 2
   int local_ranks = 1; // ranks on this host
   std::string cluster_token;
   bool trace = false;

@@ -15,7 +15,9 @@ int compute_threads(const ClusterOptions& options) {
   if (options.num_threads > 0)
     return options.num_threads;
   const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  return std::max(1, cores / std::max(1, options.local_ranks));
+  // A rank that has work alone, as attention does between a lone request's dispatches, must not
+  // leave all but one core idle.
+  return std::max(cores / std::max(1, options.local_ranks), std::min(cores, 2));
 }
 
 size_t buffer_pool_bytes(const ModelConfig& config, const RankLimits& limits) {
@@ -24,6 +26,15 @@ size_t buffer_pool_bytes(const ModelConfig& config, const RankLimits& limits) {
   const auto row = static_cast<size_t>(config.hidden_size) * sizeof(float);
   // Dispatches out and in, their answers, and siblings' partials; memory is taken only when used.
   return (size_t{256} << 20) + 16 * rows * top_k * row;
+}
+
+size_t credit_bytes(const ModelConfig& config, const RankLimits& limits) {
+  const auto rows = static_cast<size_t>(std::max<int64_t>(limits.max_rows(), 1024));
+  const auto top_k = static_cast<size_t>(std::max<int64_t>(config.num_experts_per_tok, 1));
+  const auto row = static_cast<size_t>(config.hidden_size) * sizeof(float);
+  // Two micro-batches and an MTP pass; of each a dispatch, two partials, combined rows, and to the
+  // peer's the answers. Half as much again, because receivers return credit late.
+  return (size_t{64} << 20) + 3 * rows * (4 + top_k) * row * 3 / 2;
 }
 
 caf::expected<std::unique_ptr<RankHost>>

@@ -280,7 +280,7 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
       ->group(group);
   command
       .add_option("--threads", o.cluster.num_threads,
-                  "Compute threads of a rank (default: cores / local ranks)")
+                  "Compute threads of a rank (default: cores / local ranks, at least 2)")
       ->check(CLI::Range(1, 1024))
       ->group(group);
   command

@@ -117,7 +117,7 @@ ClusterOptions options_of(const std::string& model, int ranks, int threads) {
   o.compute = DType::bf16;
   o.shape.num_ranks = ranks;
   o.local_ranks = ranks;
-  o.num_threads = std::max(1, threads / ranks);
+  o.num_threads = ranks == 1 ? threads : 0; // the default shares the cores
   o.limits.batch = 32;
   o.limits.kv_tokens = 8192;
   o.cluster_token = "bench";
