@@ -26,6 +26,7 @@ InProcessCluster::start(const ClusterOptions& options) {
     fabric.cluster_token = options.cluster_token;
     fabric.heartbeat_period_ms = 0; // ranks of one process live and die together
     fabric.pool = BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options.limits));
+    fabric.credit_bytes = credit_bytes((*checkpoint)->config(), options.limits);
     auto endpoint = cluster->hub_->loopback->endpoint(fabric);
     if (!endpoint)
       return endpoint.error();

@@ -62,5 +62,7 @@ private:
 [[nodiscard]] int compute_threads(const ClusterOptions& options);
 // The room a rank's messages may take.
 [[nodiscard]] size_t buffer_pool_bytes(const ModelConfig& config, const RankLimits& limits);
+// What may be on its way to one peer: all that the walks of both can have sent each other.
+[[nodiscard]] size_t credit_bytes(const ModelConfig& config, const RankLimits& limits);
 
 } // namespace troupe

@@ -129,6 +129,7 @@ caf::error RankProcess::make_host() {
   fabric_options.cluster_token = options_.cluster.cluster_token;
   fabric_options.pool =
       BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options_.cluster.limits));
+  fabric_options.credit_bytes = credit_bytes((*checkpoint)->config(), options_.cluster.limits);
   auto fabric = make_ucx_fabric(fabric_options);
   if (!fabric)
     return fabric.error();

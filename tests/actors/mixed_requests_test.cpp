@@ -223,3 +223,24 @@ TEST_CASE("a cluster that is told to stop in the middle of its work ends without
     CHECK(ends == std::vector<std::string>(4));
   }
 }
+
+TEST_CASE("two micro-batches of large chunks find room on their way") {
+  auto config = two_layers();
+  config.hidden_size = 4096;
+  const TemporaryModel model{config};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 4096;
+  options.limits.prefill_chunk = 4096;
+  options.limits.max_speculate = 0;
+  set_shape(options, 2, false, 1, 1);
+  auto cluster = InProcessCluster::start(options);
+  if (!cluster)
+    FAIL(text_of(cluster.error()));
+  for (uint64_t i = 0; i < 2; ++i)
+    REQUIRE((*cluster)->client().submit(request(1500, i, 1, 0)));
+  for (uint64_t i = 0; i < 2; ++i) {
+    const auto done = (*cluster)->client().wait({});
+    REQUIRE(done);
+    CHECK(done->error == "");
+  }
+}
