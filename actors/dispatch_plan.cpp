@@ -1,5 +1,7 @@
 #include "actors/dispatch_plan.hpp"
 
+#include "transport/rows.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -167,20 +169,26 @@ std::vector<AnswerRow> answer_rows(std::span<const DispatchRow> rows,
   return answers;
 }
 
-size_t fp8_scales_offset(int64_t hidden) { return (static_cast<size_t>(hidden) + 3) & ~size_t{3}; }
+namespace {
 
-size_t row_bytes(RowFormat format, int64_t hidden) {
-  const auto n = static_cast<size_t>(hidden);
+// hidden was checked when the model was opened.
+RowLayout layout_of(RowFormat format, int64_t hidden) {
   switch (format) {
   case RowFormat::f32:
-    return align16(n * 4);
+    return *row_layout(DType::f32, hidden);
   case RowFormat::bf16:
-    return align16(n * 2);
+    return *row_layout(DType::bf16, hidden);
   case RowFormat::fp8:
-    return align16(fp8_scales_offset(hidden) + (n + 127) / 128 * 4);
+    return *row_layout(DType::f8_e4m3, hidden);
   }
-  return 0;
+  return {};
 }
+
+} // namespace
+
+size_t fp8_scales_offset(int64_t hidden) { return layout_of(RowFormat::fp8, hidden).scales_offset; }
+
+size_t row_bytes(RowFormat format, int64_t hidden) { return layout_of(format, hidden).row_bytes; }
 
 RowFormat dispatch_format(DType activations, bool fp8_activations) {
   if (fp8_activations)
@@ -239,6 +247,10 @@ caf::expected<DispatchView> read_dispatch(std::span<const std::byte> payload,
                view.head.num_rows};
   view.entries = {reinterpret_cast<const DispatchEntry*>(payload.data() + layout.entries_offset),
                   view.head.num_entries};
+  const auto rows =
+      read_rows(layout_of(format, hidden), view.head.num_rows, payload.subspan(layout.data_offset));
+  if (!rows)
+    return with_context("dispatch", rows.error());
   view.data = payload.data() + layout.data_offset;
   size_t e = 0;
   for (const auto& row : view.rows) {

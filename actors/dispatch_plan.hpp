@@ -10,8 +10,8 @@
 //
 //   DispatchHead │ DispatchRow[num_rows] │ DispatchEntry[num_entries] │ rows
 //
-// where rows are [num_rows, row_bytes]: F32 or BF16 values, or with FP8 activations E4M3 codes
-// followed by F32 scales per 128 (each row padded to 16 bytes).
+// where rows are [num_rows, row_bytes] as transport/rows.hpp lays them out: F32 or BF16 values, or
+// with FP8 activations E4M3 codes followed by F32 scales per 128.
 #pragma once
 
 #include "actors/view.hpp"
