@@ -156,9 +156,10 @@ TEST_CASE("a quantized product takes scales of the kind asked for, tile by tile"
       // amax: 3 · silu(1) = 2.19 and 6 · 2^-9 · silu(1) = 0.00857.
       const float plain[2] = {product(0) / -448.0f, product(130) / -448.0f};
       const float rounded[2] = {0x1p-7f, 0x1p-15f};
+      const float* scales = power_of_two ? rounded : plain;
       for (int64_t i = 0; i < kWidth; ++i) {
         CAPTURE(i);
-        const float scale = (power_of_two ? rounded : plain)[i / 128];
+        const float scale = scales[i / 128];
         CHECK(y.at(0, i) == e4m3_to_float(float_to_e4m3(product(i) / scale)) * scale);
       }
     }
