@@ -110,7 +110,7 @@ caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
     if (interrupted && !cancelled && interrupted()) {
       cancelled = true;
       for (const auto id : open_)
-        self_->send(port_, CancelRequest{id});
+        cancel(id);
     }
   }
   if (!done)
@@ -118,6 +118,8 @@ caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
   open_.erase(done->id);
   return std::move(*done);
 }
+
+void ClusterClient::cancel(RequestId id) { self_->send(port_, CancelRequest{id}); }
 
 caf::expected<ClusterStats> ClusterClient::stats() {
   caf::expected<ClusterStats> answer{caf::error{}};

@@ -40,8 +40,11 @@ public:
   // second; when it says true all open requests are cancelled.
   [[nodiscard]] caf::expected<RequestDone> wait(const RequestHandlers& handlers,
                                                 const std::function<bool()>& interrupted = {});
+  // Asks for an early end of one of this client's requests; its `wait` tells of it.
+  void cancel(RequestId id);
   [[nodiscard]] caf::expected<ClusterStats> stats();
   [[nodiscard]] caf::error stop_cluster();
+  [[nodiscard]] const caf::actor& port() const { return port_; }
 
 private:
   ClusterClient(caf::actor_system& system, caf::actor port, std::string token);

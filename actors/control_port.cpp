@@ -1,5 +1,6 @@
 #include "actors/control_port.hpp"
 
+#include <caf/actor_cast.hpp>
 #include <caf/response_promise.hpp>
 #include <caf/result.hpp>
 #include <caf/send.hpp>
@@ -28,6 +29,12 @@ caf::result<caf::message> ask_gateway(Self self, T& question) {
   return caf::delegated<caf::message>{};
 }
 
+template <class T>
+void pass_on(Self self, const T& message) {
+  if (self->state.gateway)
+    caf::send_as(caf::actor_cast<caf::actor>(self->current_sender()), self->state.gateway, message);
+}
+
 } // namespace
 
 caf::behavior control_port(Self self, std::string cluster_token, caf::actor membership,
@@ -51,14 +58,9 @@ caf::behavior control_port(Self self, std::string cluster_token, caf::actor memb
       [=](SubmitRequest& request) { return ask_gateway(self, request); },
       [=](GetClusterInfo& query) { return ask_gateway(self, query); },
       [=](GetClusterStats& query) { return ask_gateway(self, query); },
-      [=](const RowsTaken& taken) {
-        if (self->state.gateway)
-          caf::anon_send(self->state.gateway, taken);
-      },
-      [=](const CancelRequest& request) {
-        if (self->state.gateway)
-          caf::anon_send(self->state.gateway, request);
-      },
+      // No token here: the gateway takes these from the request's own client only.
+      [=](const RowsTaken& taken) { pass_on(self, taken); },
+      [=](const CancelRequest& request) { pass_on(self, request); },
       [=](const StopCluster& command) -> caf::result<caf::unit_t> {
         if (command.cluster_token != self->state.cluster_token)
           return wrong_token();

@@ -25,10 +25,11 @@ void pass_on(Self self, T& news) {
     caf::anon_send(open->second.client, std::move(news));
 }
 
+// From the client of the request only: ids are easily guessed.
 template <class T>
 void pass_back(Self self, const T& message) {
   const auto open = self->state.open.find(message.id);
-  if (open != self->state.open.end())
+  if (open != self->state.open.end() && open->second.client == self->current_sender())
     self->state.context->postman->tell(leader(self->state, open->second.group), Route::attention,
                                        T{message});
 }

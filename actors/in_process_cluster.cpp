@@ -3,12 +3,18 @@
 #include "actors/membership.hpp"
 #include "transport/loopback_fabric.hpp"
 
-#include <string>
+#include <caf/send.hpp>
+
+#include <fmt/format.h>
+
+#include <mutex>
 
 namespace troupe {
 
 struct InProcessCluster::Hub {
   std::shared_ptr<LoopbackHub> loopback;
+  std::mutex mutex;
+  caf::error failure; // the first rank's
 };
 
 caf::expected<std::unique_ptr<InProcessCluster>>
@@ -46,10 +52,23 @@ InProcessCluster::start(const ClusterOptions& options) {
     if (auto error = host->rank().start(Welcome{group.view}, {}))
       return with_context("rank " + std::to_string(host->rank().context().self.value), error);
   auto& first = *cluster->hosts_[0];
-  cluster->client_ = ClusterClient::local(
-      first.system(), first.open_local_control_port(first.rank().open_gateway()),
-      options.cluster_token);
+  const auto port = first.open_local_control_port(first.rank().open_gateway());
+  cluster->client_ = ClusterClient::local(first.system(), port, options.cluster_token);
+  for (size_t r = 0; r < cluster->hosts_.size(); ++r)
+    cluster->hosts_[r]->watch([hub = cluster->hub_.get(), port, r](const caf::error& why) {
+      {
+        const std::lock_guard lock{hub->mutex};
+        if (!hub->failure)
+          hub->failure = with_context(fmt::format("rank {} failed", r), why);
+      }
+      caf::anon_send_exit(port, caf::exit_reason::user_shutdown); // the client learns of it
+    });
   return cluster;
+}
+
+caf::error InProcessCluster::failure() const {
+  const std::lock_guard lock{hub_->mutex};
+  return hub_->failure;
 }
 
 InProcessCluster::~InProcessCluster() {

@@ -6,6 +6,7 @@
 #include "actors/rank_host.hpp"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace troupe {
@@ -18,6 +19,8 @@ public:
   [[nodiscard]] ClusterClient& client() { return *client_; }
   [[nodiscard]] RankHost& host(size_t rank) { return *hosts_.at(rank); }
   [[nodiscard]] size_t num_ranks() const { return hosts_.size(); }
+  // Why the first rank that failed did so; the client then finds the cluster gone.
+  [[nodiscard]] caf::error failure() const;
 
 private:
   InProcessCluster() = default;

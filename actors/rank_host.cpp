@@ -57,10 +57,30 @@ RankHost::make(RankId self, const ClusterOptions& options,
 RankHost::~RankHost() { shut_down(false); }
 
 void RankHost::end(const caf::error& why) {
-  const std::lock_guard lock{mutex_};
-  if (!ended_)
+  std::function<void(const caf::error&)> on_failure;
+  {
+    const std::lock_guard lock{mutex_};
+    if (ended_)
+      return;
     ended_ = why;
-  changed_.notify_all();
+    if (why)
+      on_failure.swap(on_failure_);
+    changed_.notify_all();
+  }
+  if (on_failure)
+    on_failure(why);
+}
+
+void RankHost::watch(std::function<void(const caf::error&)> on_failure) {
+  std::optional<caf::error> already;
+  {
+    const std::lock_guard lock{mutex_};
+    already = ended_;
+    if (!already)
+      on_failure_ = std::move(on_failure);
+  }
+  if (already && *already)
+    on_failure(*already);
 }
 
 caf::error RankHost::await_end() {

@@ -40,6 +40,8 @@ public:
   [[nodiscard]] caf::error await_end();
   // Ends the wait above.
   void end(const caf::error& why);
+  // Calls `on_failure`, on some thread and once, when the rank ends with an error.
+  void watch(std::function<void(const caf::error&)> on_failure);
   void shut_down(bool clean);
 
 private:
@@ -56,6 +58,7 @@ private:
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<caf::error> ended_, decided_;
+  std::function<void(const caf::error&)> on_failure_;
 };
 
 // Threads of a rank's compute stream under the options.

@@ -21,6 +21,7 @@ RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* cont
                                               std::function<RankStats()> stats,
                                               std::function<void(const caf::error&)> on_end) {
   self->state.context = context;
+  self->state.num_ranks = static_cast<int32_t>(context->view->members.size());
   self->state.stats = std::move(stats);
   self->state.on_end = std::move(on_end);
   self->set_down_handler([=](const caf::down_msg& down) {
@@ -46,11 +47,12 @@ RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* cont
         end(self, {});
       },
       [=](const StopCluster&) {
-        const auto& c = *self->state.context;
-        for (const auto& m : c.view->members)
-          if (m.rank != c.self)
-            c.postman->tell(m.rank, Route::supervisor, StopRank{});
-        c.postman->tell(c.self, Route::supervisor, StopRank{});
+        auto& state = self->state;
+        state.stopping = true; // first: a peer that has not joined yet can't be told
+        for (int32_t r = 0; r < state.num_ranks; ++r)
+          if (RankId{r} != state.context->self)
+            state.context->postman->tell(RankId{r}, Route::supervisor, StopRank{});
+        end(self, {});
       },
       [=](const StatsQuery& query) {
         auto stats = self->state.stats();

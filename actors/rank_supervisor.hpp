@@ -23,6 +23,7 @@ using RankSupervisor =
 struct RankSupervisorState {
   static inline const char* name = "rank_supervisor";
   const RankContext* context = nullptr; // not owned; outlives the actor
+  int32_t num_ranks = 0;                // of the view, which is another's to change once ranks join
   bool stopping = false;
   // Called once, on the actor's thread: without error after StopRank, else with the cause.
   std::function<void(const caf::error&)> on_end;

@@ -158,7 +158,8 @@ void SimulatedCluster::cancel(size_t index, Nanoseconds delay) {
   events_.schedule(delay, [this, index] {
     for (const auto& [id, place] : client_->index)
       if (place == index)
-        members_[0]->rank->postman().tell(RankId{0}, Route::gateway, CancelRequest{id});
+        caf::send_as(client_->actor, members_[0]->rank->postman().route(Route::gateway),
+                     CancelRequest{id});
   });
 }
 

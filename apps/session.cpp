@@ -345,6 +345,19 @@ void need_context(SessionOptions& o, int64_t tokens, int32_t speculate) {
   o.cluster.limits.max_speculate = std::max<int64_t>(o.cluster.limits.max_speculate, speculate);
 }
 
+// A client that finds its cluster gone says so; what ended the cluster is the better answer.
+static int in_process(InProcessCluster& cluster, const std::function<int(ClusterClient&)>& body) {
+  caf::error complaint;
+  divert_complaints([&](const caf::error& error) { complaint = error; });
+  const int code = body(cluster.client());
+  divert_complaints({});
+  if (!complaint)
+    return code;
+  const auto cause = code_of(complaint) == Errc::peer_lost ? cluster.failure() : caf::error{};
+  complain(cause ? cause : complaint);
+  return code;
+}
+
 int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& body) {
   if (!o.attach.empty())
     return run_attached(o, body);
@@ -367,7 +380,7 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
     auto cluster = InProcessCluster::start(o.cluster);
     if (!cluster)
       return complain(cluster.error());
-    return body((*cluster)->client());
+    return in_process(**cluster, body);
   }
   if (task)
     return run_launched(*task, o, body);

@@ -244,3 +244,39 @@ TEST_CASE("two micro-batches of large chunks find room on their way") {
     CHECK(done->error == "");
   }
 }
+
+TEST_CASE("the client of ranks in one process hears of a lost rank, and why") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  set_shape(options, 4, true, 0, 1);
+  auto cluster = InProcessCluster::start(options);
+  if (!cluster)
+    FAIL(text_of(cluster.error()));
+  REQUIRE((*cluster)->client().submit(request(20, 1, 900, 0)));
+  (*cluster)->host(1).shut_down(false);
+  const auto done = (*cluster)->client().wait({});
+  REQUIRE_FALSE(done);
+  CHECK(code_of(done.error()) == Errc::peer_lost);
+  CHECK(text_of((*cluster)->failure()).find("rank 1 was lost") != std::string::npos);
+}
+
+TEST_CASE("nobody but its client cancels a request") {
+  const TemporaryModel model{two_layers()};
+  auto options = one_rank(model.path(), DType::f32);
+  options.limits.kv_tokens = 1024;
+  set_shape(options, 2, true, 0, 1);
+  auto cluster = InProcessCluster::start(options);
+  if (!cluster)
+    FAIL(text_of(cluster.error()));
+  auto& client = (*cluster)->client();
+  const auto id = client.submit(request(20, 1, 40, 0));
+  REQUIRE(id);
+  auto& host = (*cluster)->host(0);
+  const auto stranger = ClusterClient::local(host.system(), client.port(), "no token");
+  stranger->cancel(*id);
+  const auto done = client.wait({});
+  REQUIRE(done);
+  CHECK(done->finish_reason == "length");
+  CHECK(done->answer_tokens == 40);
+}
