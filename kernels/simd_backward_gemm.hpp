@@ -4,6 +4,10 @@
 // A task owns a block of c. Per kSum elements of the sum it packs its columns of b, then a few rows
 // of a at a time, both in the order the tile reads them; padding is zero and only reaches elements
 // of c that do not exist. c waits in memory between stretches of the sum, which changes no bit.
+//
+// Measured on a shared two-core AMD EPYC with AVX-512, one thread, 1024³, best of 12, while FMAs on
+// registers alone gave 117 GFLOP/s: the tile alone 109, fprop 82, dgrad 95, wgrad 89. Packing reads
+// b at 1.8 ns per element in fprop, where its columns are rows of w, and at 0.2 ns otherwise.
 
 namespace troupe::TROUPE_SIMD {
 
