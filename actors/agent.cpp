@@ -14,6 +14,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <new>
@@ -80,6 +81,8 @@ struct Child {
   bool cut_off = false; // ... and it was somebody else's end
   bool ready = false;
   bool alive = true;
+  int64_t loaded = 0; // bytes
+  std::optional<Clock::time_point> stopped;
 };
 
 // How near to the cause a complaint is; the nearest is printed.
@@ -104,6 +107,7 @@ private:
   void loop();
   void read_signals();
   void reap();
+  void end_stopped();
   void died(Child& child, int status);
   void read_from(Child& child);
   void take_line(Child& child, const std::string& line);
@@ -229,9 +233,14 @@ bool Running::any_alive() const {
 }
 
 int Running::poll_timeout() const {
-  if (!stopping_)
+  auto next = Clock::time_point::max();
+  if (stopping_)
+    next = settled_ ? deadline_ : std::min(deadline_, report_at_);
+  for (const auto& c : children_)
+    if (c.alive && c.rank.valid() && c.stopped)
+      next = std::min(next, *c.stopped + std::chrono::milliseconds{options_.stopped_rank_ms});
+  if (next == Clock::time_point::max())
     return -1;
-  const auto next = settled_ ? deadline_ : std::min(deadline_, report_at_);
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(next - Clock::now()).count();
   return static_cast<int>(std::max<int64_t>(left, 0));
 }
@@ -257,6 +266,7 @@ void Running::loop() {
     if (n > 0 && polled[0].revents)
       read_signals();
     reap();
+    end_stopped();
     if (stopping_ && Clock::now() >= report_at_)
       report();
     if (stopping_ && !killed_ && Clock::now() >= deadline_) {
@@ -286,12 +296,32 @@ void Running::read_signals() {
 void Running::reap() {
   for (auto& c : children_) {
     int status = 0;
-    if (c.alive && waitpid(c.pid, &status, WNOHANG) == c.pid) {
-      read_from(c); // its last words
-      c.alive = false;
-      died(c, status);
+    while (c.alive && waitpid(c.pid, &status, WNOHANG | WUNTRACED | WCONTINUED) == c.pid) {
+      if (WIFSTOPPED(status)) {
+        c.stopped = Clock::now();
+      } else if (WIFCONTINUED(status)) {
+        c.stopped.reset();
+      } else {
+        read_from(c); // its last words
+        c.alive = false;
+        died(c, status);
+      }
     }
   }
+}
+
+// A rank that stays stopped would keep the others waiting while they form or load, when nobody
+// listens for its heartbeats yet.
+void Running::end_stopped() {
+  const auto patience = std::chrono::milliseconds{options_.stopped_rank_ms};
+  for (auto& c : children_)
+    if (c.alive && c.rank.valid() && c.stopped && Clock::now() - *c.stopped >= patience) {
+      kill(c.pid, SIGKILL);
+      blame(Blame::failed,
+            fmt::format("rank {} was lost: it was stopped by a signal and did not go on",
+                        c.rank.value),
+            1);
+    }
 }
 
 void Running::died(Child& c, int status) {
@@ -381,6 +411,16 @@ void Running::take_line(Child& c, const std::string& line) {
   if (line.starts_with("port ") && !seed_) {
     seed_ = "127.0.0.1:" + line.substr(5);
     tell_seed();
+  } else if (line.starts_with("loading ")) {
+    c.loaded = std::strtoll(line.c_str() + 8, nullptr, 10);
+    int64_t bytes = 0;
+    for (const auto& x : children_)
+      bytes += x.loaded;
+    if (options_.on_loading)
+      options_.on_loading(bytes);
+    for (auto& x : children_)
+      if (!x.rank.valid())
+        tell(x, fmt::format("loading {}", bytes));
   } else if (line == "ready") {
     c.ready = true;
     const bool all = std::all_of(children_.begin(), children_.end(),

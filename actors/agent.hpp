@@ -3,7 +3,8 @@
 // else, so that it can be trusted to live; its death is the host's loss, and its children end with
 // it (they lose their channel and get a kernel signal).
 //
-// It forks before it creates any thread, then sleeps in poll(2). A lost rank ends the run: the rank
+// It forks before it creates any thread, then sleeps in poll(2). A lost rank ends the run, and so
+// does one that stays stopped (unless the agent is stopped along with it, by Ctrl-Z): the rank
 // is named on stderr, everybody else is told to stop, and the exit code is 1.
 //
 // One death makes many complaints: peers lose their peer, the client loses its cluster. Children
@@ -11,11 +12,13 @@
 // somebody" only when nobody turns up in a moment who knows better.
 //
 //   child → agent   port N        rank 0's control port is open
+//                   loading N     this rank has loaded N bytes of its part so far
 //                   ready         this rank serves
 //                   failed TEXT   this child can't go on; it exits next
 //                   lost TEXT     likewise, because somebody else went away
 //                   stop          end the run cleanly (a client that asked the cluster to stop)
 //   agent → child   seed H:P      where rank 0's control port is
+//                   loading N     to the client: bytes that the ranks of this host have loaded
 //                   stop          leave cleanly
 #pragma once
 
@@ -60,9 +63,12 @@ struct AgentOptions {
   std::function<int(AgentChannel&)> client_main;
   // Known before the start (other hosts); otherwise rank 0 of this host tells.
   std::optional<std::string> seed;
+  // Called now and then with the bytes that the ranks of this host have loaded so far.
+  std::function<void(int64_t bytes)> on_loading;
   // Called once when all ranks of this host are ready (launch prints where to attach).
   std::function<void(const std::string& seed)> on_ready;
   int stop_timeout_ms = 5000; // how long a clean stop may take
+  int stopped_rank_ms = 4000; // how long a rank may be stopped (SIGSTOP) until it counts as lost
 };
 
 // Starts everything, waits for the end, reaps every child. Returns the exit code: the client's, 0

@@ -49,7 +49,7 @@ Forming start_forming(View view) {
   return group;
 }
 
-Forming advance(Forming group, const JoinRequest& request) {
+Forming advance(Forming group, const JoinRequest& request, Nanoseconds now) {
   if (group.phase != FormingPhase::forming)
     return group;
   const auto r = static_cast<size_t>(request.rank.value);
@@ -78,6 +78,28 @@ Forming advance(Forming group, const JoinRequest& request) {
     if (!other)
       return group;
   group.phase = FormingPhase::loading;
+  group.loaded.assign(group.joined.size(), 0);
+  group.heard.assign(group.joined.size(), now);
+  return group;
+}
+
+Forming advance(Forming group, const RankLoading& event, Nanoseconds now) {
+  const auto r = static_cast<size_t>(event.rank.value);
+  if (group.phase != FormingPhase::loading || !event.rank.valid() || r >= group.heard.size() ||
+      event.bytes <= group.loaded[r])
+    return group;
+  group.loaded[r] = event.bytes;
+  group.heard[r] = now;
+  return group;
+}
+
+Forming check_loading(Forming group, Nanoseconds now, Nanoseconds patience) {
+  if (group.phase != FormingPhase::loading)
+    return group;
+  for (size_t r = 0; r < group.ready.size(); ++r)
+    if (!group.ready[r] && now - group.heard[r] >= patience)
+      return fail(std::move(group), fmt::format("rank {} on {} does not get on with loading", r,
+                                                group.joined[r] ? group.joined[r]->host : "?"));
   return group;
 }
 
@@ -109,6 +131,11 @@ namespace {
 
 using Self = Membership::stateful_pointer<MembershipState>;
 
+// Longer than a network file system's worst hiccup: a rank of this host that is stopped or dead its
+// agent names much sooner.
+constexpr auto kLoadingPatience = std::chrono::seconds{60};
+constexpr auto kLook = std::chrono::seconds{2};
+
 // Acts on a change of phase.
 void apply(Self self, Forming next) {
   auto& state = self->state;
@@ -137,6 +164,8 @@ Membership::behavior_type membership(Self self, std::string cluster_token, View 
                                      std::chrono::milliseconds timeout,
                                      std::function<void(const caf::error&)> on_decided) {
   using GiveUp = caf::atom_constant<caf::atom("giveup")>;
+  using Look = caf::atom_constant<caf::atom("look")>;
+  const auto now = [=] { return Nanoseconds{self->clock().now().time_since_epoch()}; };
   self->state.cluster_token = std::move(cluster_token);
   self->state.group = start_forming(std::move(view));
   self->state.on_decided = std::move(on_decided);
@@ -153,11 +182,19 @@ Membership::behavior_type membership(Self self, std::string cluster_token, View 
           return make_error(Errc::stale, "the cluster is complete");
         auto promise = self->make_response_promise<Welcome>();
         state.waiting.push_back(promise);
-        apply(self, advance(state.group, request));
+        apply(self, advance(state.group, request, now()));
+        if (state.group.phase == FormingPhase::loading)
+          self->delayed_send(self, kLook, Look::value);
         return promise;
       },
+      [=](const RankLoading& event) { apply(self, advance(self->state.group, event, now())); },
       [=](const RankReady& event) { apply(self, advance(self->state.group, event)); },
       [=](GiveUp) { apply(self, give_up(self->state.group)); },
+      [=](Look) {
+        apply(self, check_loading(self->state.group, now(), kLoadingPatience));
+        if (self->state.group.phase == FormingPhase::loading)
+          self->delayed_send(self, kLook, Look::value);
+      },
   };
 }
 

@@ -4,7 +4,7 @@
 //   client ◀─TokensReady, RowsReady, RequestDone── gateway ◀── attention
 //   attention ──StepPlan──▶ TP siblings          attention ──DraftWork──▶ MTP ──Drafts──▶ attention
 //   attention, MTP ══dispatch══▶ expert shard or forwarder ══combine══▶ attention, MTP, forwarder
-//   rank ──JoinRequest──▶ membership ──Welcome──▶ rank ──RankReady──▶ membership
+//   rank ──JoinRequest──▶ membership ──Welcome──▶ rank ──RankLoading, RankReady──▶ membership
 //   anyone ──StopRank──▶ rank supervisor
 //
 // ══ are envelopes of the fabric (transport/wire.hpp): decisions in a table, bytes behind it.
@@ -149,6 +149,11 @@ struct JoinRequest {
 };
 struct Welcome {
   View view;
+};
+// News, a few times a second while it gets on: what this rank has loaded so far.
+struct RankLoading {
+  RankId rank;
+  int64_t bytes = 0;
 };
 // News: this rank has loaded its part, or could not.
 struct RankReady {
@@ -325,6 +330,10 @@ typename Inspector::result_type inspect(Inspector& f, Welcome& x) {
   return f(caf::meta::type_name("Welcome"), x.view);
 }
 template <class Inspector>
+typename Inspector::result_type inspect(Inspector& f, RankLoading& x) {
+  return f(caf::meta::type_name("RankLoading"), x.rank, x.bytes);
+}
+template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, RankReady& x) {
   return f(caf::meta::type_name("RankReady"), x.rank, x.error_code, x.error);
 }
@@ -392,6 +401,7 @@ CAF_ADD_TYPE_ID(troupe, (troupe::ClusterInfo))
 CAF_ADD_TYPE_ID(troupe, (troupe::StopCluster))
 CAF_ADD_TYPE_ID(troupe, (troupe::JoinRequest))
 CAF_ADD_TYPE_ID(troupe, (troupe::Welcome))
+CAF_ADD_TYPE_ID(troupe, (troupe::RankLoading))
 CAF_ADD_TYPE_ID(troupe, (troupe::RankReady))
 CAF_ADD_TYPE_ID(troupe, (troupe::StopRank))
 CAF_ADD_TYPE_ID(troupe, (troupe::StepPlan))

@@ -96,6 +96,34 @@ caf::expected<Welcome> join(RankHost& host, const caf::actor& port,
 
 constexpr auto kLinger = std::chrono::seconds{3};
 
+// Tells membership and agent how loading gets on, a few times a second.
+class LoadReport {
+public:
+  LoadReport(RankHost& host, AgentChannel& agent) : host_(host), agent_(agent) {}
+
+  // `done` bytes of the part being loaded; a smaller number is the next part's. Thread-safe.
+  void tell(int64_t done, std::chrono::steady_clock::time_point now) {
+    const std::lock_guard lock{mutex_};
+    if (done < last_)
+      before_ += last_;
+    last_ = done;
+    if (now < next_)
+      return;
+    next_ = now + std::chrono::milliseconds{200};
+    const auto bytes = before_ + last_;
+    auto& rank = host_.rank();
+    rank.postman().tell(RankId{0}, Route::membership, RankLoading{rank.context().self, bytes});
+    agent_.say(fmt::format("loading {}", bytes));
+  }
+
+private:
+  RankHost& host_;
+  AgentChannel& agent_;
+  std::mutex mutex_;
+  int64_t before_ = 0, last_ = 0;
+  std::chrono::steady_clock::time_point next_;
+};
+
 class RankProcess {
 public:
   RankProcess(RankId self, const RankProcessOptions& options, AgentChannel& agent)
@@ -165,7 +193,10 @@ caf::error RankProcess::serve() {
   auto welcome = join(*host_, *port, options_.join_timeout);
   if (!welcome)
     return welcome.error();
-  const auto loaded = host_->rank().start(*welcome, {});
+  LoadReport report{*host_, agent_};
+  const auto loaded = host_->rank().start(*welcome, [&](int64_t done, int64_t) {
+    report.tell(done, std::chrono::steady_clock::now());
+  });
   host_->report_ready(loaded);
   if (loaded)
     return loaded;

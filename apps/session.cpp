@@ -20,14 +20,14 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <thread>
 
 namespace troupe {
 
 namespace {
-
-constexpr auto kClusterTimeout = std::chrono::minutes{30}; // loading a large model takes a while
 
 std::string environment(const char* name) {
   const char* value = std::getenv(name);
@@ -130,7 +130,31 @@ caf::error resolve(SessionOptions& o) {
                           std::min(holders, o.cluster.local_ranks));
 }
 
+std::string loading_text(int64_t bytes) { return "loading weights: " + bytes_text(bytes); }
+
+// How far the ranks are, until they serve; then the terminal belongs to the answer.
+class LoadingLine {
+public:
+  void show(int64_t bytes) {
+    const std::lock_guard lock{mutex_};
+    if (!over_)
+      line_.show(loading_text(bytes));
+  }
+  void end() {
+    const std::lock_guard lock{mutex_};
+    over_ = true;
+    line_.clear();
+  }
+
+private:
+  std::mutex mutex_;
+  ProgressLine line_{true};
+  bool over_ = false;
+};
+
+// `patience`: how long the cluster may take to answer that it runs.
 int run_client(const std::string& seed, const std::string& token,
+               std::chrono::milliseconds patience, LoadingLine& loading,
                const std::function<int(ClusterClient&)>& body) {
   auto endpoint = parse_endpoint(seed);
   if (!endpoint)
@@ -141,7 +165,8 @@ int run_client(const std::string& seed, const std::string& token,
                                        std::chrono::seconds{10});
   if (!client)
     return complain(client.error());
-  auto info = (*client)->info(kClusterTimeout);
+  auto info = (*client)->info(patience);
+  loading.end();
   if (!info)
     return complain(info.error());
   return after_output(body(**client));
@@ -162,12 +187,15 @@ int client_main(AgentChannel& agent, const std::string& token,
   divert_complaints([&agent](const caf::error& error) {
     agent.say((code_of(error) == Errc::peer_lost ? "lost " : "failed ") + text_of(error));
   });
-  std::thread{[&agent] {
-    while (agent.hear()) {
-    }
+  const auto loading = std::make_shared<LoadingLine>();
+  std::thread{[&agent, loading] {
+    while (const auto line = agent.hear())
+      if (line->starts_with("loading "))
+        loading->show(std::strtoll(line->c_str() + 8, nullptr, 10));
     _exit(1);
   }}.detach();
-  return run_client(*seed, token, body);
+  // However long loading takes: a rank that does not get on ends it with a better reason.
+  return run_client(*seed, token, std::chrono::hours{24}, *loading, body);
 }
 
 RankProcessOptions process_options(const SessionOptions& o) {
@@ -201,6 +229,12 @@ int run_launched(const LauncherTask& task, SessionOptions o,
   if (!endpoint)
     return complain(endpoint.error());
   const auto token = environment("TROUPE_TOKEN");
+  if (token.empty() && !is_loopback(endpoint->host))
+    return complain(make_error(
+        Errc::invalid_argument,
+        fmt::format("tasks meet at {}, where others can reach them: set TROUPE_TOKEN for all of "
+                    "them, a secret that no stranger can guess",
+                    *seed)));
   o.cluster.cluster_token = token.empty() ? task.launcher + task.job : token;
 
   auto process = process_options(o);
@@ -239,7 +273,8 @@ int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&
   } else if (auto endpoint = parse_endpoint(address); !endpoint) {
     return wrong_usage("attach: " + text_of(endpoint.error()) + " or a cluster file");
   }
-  return run_client(address, token, body);
+  LoadingLine loading; // stays empty: the cluster's own terminal shows it
+  return run_client(address, token, std::chrono::minutes{30}, loading, body);
 }
 
 } // namespace
@@ -412,7 +447,10 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
   for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
     agent.ranks.push_back(RankId{r});
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
+  LoadingLine loading;
+  agent.on_loading = [&](int64_t bytes) { loading.show(bytes); };
   agent.on_ready = [&](const std::string& port) {
+    loading.end();
     // The seed is where the ranks of this host meet: its port, but maybe not the address bound.
     const auto seed = control_host + port.substr(port.rfind(':'));
     if (json) {

@@ -26,10 +26,6 @@ fs::path resolve(const fs::path& folder, const std::string& path) {
   return path.empty() ? fs::path{} : folder / path; // an absolute path replaces the folder
 }
 
-bool is_loopback(std::string_view host) {
-  return host == "localhost" || host == "::1" || host.starts_with("127.");
-}
-
 ControlSpec read_control(const proto::Control& message, const fs::path& folder,
                          TextChecker& check) {
   ControlSpec control;
@@ -133,6 +129,10 @@ ClusterSpec read_spec(const proto::ClusterSpec& m, const TextPlace& place, const
 }
 
 } // namespace
+
+bool is_loopback(std::string_view host) {
+  return host == "localhost" || host == "::1" || host.starts_with("127.");
+}
 
 caf::expected<ClusterSpec> parse_cluster_spec(std::string_view text, std::string_view source,
                                               const fs::path& folder) {

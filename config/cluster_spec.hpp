@@ -54,4 +54,8 @@ struct ClusterSpec {
                                                             const std::filesystem::path& folder);
 [[nodiscard]] caf::expected<ClusterSpec> load_cluster_spec(const std::filesystem::path& path);
 
+// Whether a host's name or address is this host and no other: a control port without TLS binds
+// nothing else.
+[[nodiscard]] bool is_loopback(std::string_view host);
+
 } // namespace troupe

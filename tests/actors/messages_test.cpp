@@ -87,6 +87,7 @@ TEST_CASE("every message type survives the wire") {
   CHECK(back.view.epoch == 3);
   CHECK(back.view.placement[0].slots[0].version == 2);
   CHECK(back.view.placement[0].slots_of[1] == std::vector<int32_t>{0});
+  CHECK(round_trip(system, RankLoading{RankId{1}, 5}).bytes == 5);
   CHECK(round_trip(system, RankReady{RankId{1}, 5, "why"}).error == "why");
   round_trip(system, StopRank{});
   StepPlan plan{8, {SequencePlan{RequestId{1}, 2, 3, {4}, {5}}}};

@@ -59,6 +59,32 @@ TEST_CASE("a rank killed while the cluster forms ends it at once") {
   CHECK(Program::Clock::now() - start < std::chrono::seconds{4});
 }
 
+TEST_CASE("a rank that is stopped before it serves ends the run and is named") {
+  const Scratch s;
+  Program p{long_run(s)};
+  while (p.children().size() < 2)
+    usleep(1000);
+  kill(p.children()[1], SIGSTOP);
+  const auto o = p.finish();
+  CHECK(o.code == 1);
+  CHECK(o.err == "troupe: error: rank 1 was lost: it was stopped by a signal and did not go on\n");
+  CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("a run that is stopped as a whole goes on") {
+  const Scratch s;
+  Program p{{"generate", s.model, "--tokens", "5,6,7", "--max-tokens", "1000", "--ignore-eos",
+             "--ranks", "3", "-q"}};
+  REQUIRE(get_going(p, 4, milliseconds{20}));
+  p.signal_all(SIGSTOP);
+  usleep(5'000'000); // longer than the ranks' and the agent's patience with one of them
+  p.signal_all(SIGCONT);
+  const auto o = p.finish();
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  CHECK(std::count(o.out.begin(), o.out.end(), ',') == 999);
+}
+
 TEST_CASE("a stopped rank is missed by its peers and named") {
   const Scratch s;
   Program p{long_run(s)};

@@ -82,6 +82,26 @@ TEST_CASE("a stranger's rank, a second claimant and a rank that cannot load fail
   CHECK(failed.why == "rank 1: no room");
 }
 
+TEST_CASE("a rank that gets nowhere with loading fails the group and is named") {
+  using namespace std::chrono_literals;
+  auto group = start_forming(three_ranks());
+  CHECK(check_loading(group, 1h, 60s).phase == FormingPhase::forming); // that is give_up's business
+  for (const int32_t r : {0, 1, 2})
+    group = advance(group, request(r), 100s);
+  CHECK(check_loading(group, 159s, 60s).phase == FormingPhase::loading);
+  group = advance(group, RankReady{RankId{0}, 0, ""});
+  group = advance(group, RankLoading{RankId{1}, 1000}, 140s);
+  group = advance(group, RankLoading{RankId{2}, 1000}, 120s);
+  group = advance(group, RankLoading{RankId{2}, 1000}, 150s); // says so again, but did nothing
+  CHECK(check_loading(group, 179s, 60s).phase == FormingPhase::loading);
+  const auto failed = check_loading(group, 180s, 60s);
+  CHECK(failed.phase == FormingPhase::failed);
+  CHECK(failed.why == "rank 2 on h2 does not get on with loading");
+  group = advance(group, RankReady{RankId{2}, 0, ""});
+  CHECK(check_loading(group, 180s, 60s).phase == FormingPhase::loading);
+  CHECK(advance(group, RankLoading{RankId{7}, 5}, 0s).phase == FormingPhase::loading);
+}
+
 TEST_CASE("who is missing when time is up is named") {
   const auto group = give_up(advance(start_forming(three_ranks()), request(1)));
   CHECK(group.phase == FormingPhase::failed);
