@@ -2,6 +2,7 @@
 
 #include "actors/attention_step.hpp"
 #include "actors/batching.hpp"
+#include "actors/exceptions.hpp"
 #include "actors/stopping.hpp"
 
 #include <fmt/format.h>
@@ -542,6 +543,7 @@ void cancel(AttentionState& state, RequestId id) {
 
 Attention::behavior_type attention(Self self, const RankContext* context, TrunkParts parts,
                                    std::shared_ptr<Trunk> trunk) {
+  end_by_exceptions(self);
   auto& state = self->state;
   state.context = context;
   state.parts = std::move(parts);

@@ -1,5 +1,7 @@
 #include "actors/control_port.hpp"
 
+#include "actors/exceptions.hpp"
+
 #include <caf/actor_cast.hpp>
 #include <caf/response_promise.hpp>
 #include <caf/result.hpp>
@@ -39,6 +41,7 @@ void pass_on(Self self, const T& message) {
 
 caf::behavior control_port(Self self, std::string cluster_token, caf::actor membership,
                            caf::actor supervisor) {
+  end_by_exceptions(self);
   auto& state = self->state;
   state.cluster_token = std::move(cluster_token);
   state.membership = std::move(membership);

@@ -1,6 +1,7 @@
 #include "actors/expert_shard.hpp"
 
 #include "actors/dispatch_plan.hpp"
+#include "actors/exceptions.hpp"
 
 #include <caf/actor_cast.hpp>
 #include <caf/send.hpp>
@@ -256,6 +257,7 @@ void start_job(ExpertShard::stateful_pointer<ExpertShardState> self) {
 ExpertShard::behavior_type expert_shard(ExpertShard::stateful_pointer<ExpertShardState> self,
                                         const RankContext* context,
                                         std::shared_ptr<const ExpertBlocks> blocks) {
+  end_by_exceptions(self);
   self->state.context = context;
   self->state.work = std::make_shared<ExpertShardState::Work>(*context, std::move(blocks));
   return {

@@ -1,6 +1,7 @@
 #include "actors/forwarder.hpp"
 
 #include "actors/dispatch_plan.hpp"
+#include "actors/exceptions.hpp"
 #include "kernels/trunk.hpp"
 
 #include <caf/actor_cast.hpp>
@@ -183,6 +184,7 @@ void take_answer(Self self, Envelope envelope) {
 } // namespace
 
 Forwarder::behavior_type forwarder(Self self, const RankContext* context) {
+  end_by_exceptions(self);
   self->state.context = context;
   return {
       [=](Envelope& envelope) {

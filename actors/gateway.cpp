@@ -1,5 +1,7 @@
 #include "actors/gateway.hpp"
 
+#include "actors/exceptions.hpp"
+
 #include <caf/send.hpp>
 
 #include <algorithm>
@@ -74,6 +76,7 @@ void client_gone(Self self, const caf::actor_addr& client) {
 } // namespace
 
 Gateway::behavior_type gateway(Self self, const RankContext* context, ClusterInfo info) {
+  end_by_exceptions(self);
   auto& state = self->state;
   state.context = context;
   state.info = std::move(info);

@@ -1,5 +1,7 @@
 #include "actors/membership.hpp"
 
+#include "actors/exceptions.hpp"
+
 #include <fmt/format.h>
 
 #include <utility>
@@ -163,6 +165,7 @@ void apply(Self self, Forming next) {
 Membership::behavior_type membership(Self self, std::string cluster_token, View view,
                                      std::chrono::milliseconds timeout,
                                      std::function<void(const caf::error&)> on_decided) {
+  end_by_exceptions(self);
   using GiveUp = caf::atom_constant<caf::atom("giveup")>;
   using Look = caf::atom_constant<caf::atom("look")>;
   const auto now = [=] { return Nanoseconds{self->clock().now().time_since_epoch()}; };

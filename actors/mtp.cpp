@@ -1,5 +1,7 @@
 #include "actors/mtp.hpp"
 
+#include "actors/exceptions.hpp"
+
 #include <algorithm>
 #include <cstring>
 
@@ -327,6 +329,7 @@ void start_next(Self self) {
 
 Mtp::behavior_type mtp(Self self, const RankContext* context, TrunkParts parts,
                        std::shared_ptr<Trunk> trunk) {
+  end_by_exceptions(self);
   auto& state = self->state;
   state.context = context;
   state.parts = std::move(parts);

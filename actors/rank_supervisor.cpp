@@ -1,5 +1,7 @@
 #include "actors/rank_supervisor.hpp"
 
+#include "actors/exceptions.hpp"
+
 #include <fmt/format.h>
 
 #include <utility>
@@ -20,6 +22,7 @@ void end(Self self, const caf::error& why) {
 RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* context,
                                               std::function<RankStats()> stats,
                                               std::function<void(const caf::error&)> on_end) {
+  end_by_exceptions(self);
   self->state.context = context;
   self->state.num_ranks = static_cast<int32_t>(context->view->members.size());
   self->state.stats = std::move(stats);
