@@ -409,7 +409,7 @@ void Running::read_from(Child& c) {
 
 void Running::take_line(Child& c, const std::string& line) {
   if (line.starts_with("port ") && !seed_) {
-    seed_ = "127.0.0.1:" + line.substr(5);
+    seed_ = line.substr(5);
     tell_seed();
   } else if (line.starts_with("loading ")) {
     c.loaded = std::strtoll(line.c_str() + 8, nullptr, 10);

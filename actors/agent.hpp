@@ -11,7 +11,7 @@
 // tell theirs here, and only the first cause is printed: a failure or a kill at once, "I lost
 // somebody" only when nobody turns up in a moment who knows better.
 //
-//   child → agent   port N        rank 0's control port is open
+//   child → agent   port H:P      rank 0's control port is open
 //                   loading N     this rank has loaded N bytes of its part so far
 //                   ready         this rank serves
 //                   failed TEXT   this child can't go on; it exits next

@@ -1,6 +1,7 @@
 #include "actors/client.hpp"
 
-#include <caf/io/middleman.hpp>
+#include "actors/tls.hpp"
+
 #include <caf/sec.hpp>
 #include <caf/send.hpp>
 
@@ -53,12 +54,15 @@ ClusterClient::connect(caf::actor_system& system, const std::string& host, uint1
                        std::string token, std::chrono::milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
-    auto handle = system.middleman().remote_actor(host, port);
+    auto handle = reach_port(system, host, port);
     if (handle)
       return std::unique_ptr<ClusterClient>{
           new ClusterClient{system, std::move(*handle), std::move(token)}};
     if (std::chrono::steady_clock::now() >= deadline)
-      return make_error(Errc::unreachable, fmt::format("no cluster answers at {}:{}", host, port));
+      return make_error(
+          Errc::unreachable,
+          fmt::format("no cluster answers at {}:{}{}", host, port,
+                      !speaks_tls(system) ? "" : ", or it does not take this certificate"));
     std::this_thread::sleep_for(std::chrono::milliseconds{50});
   }
 }

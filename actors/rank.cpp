@@ -88,13 +88,19 @@ caf::expected<Arithmetic> choose_arithmetic(const Checkpoint& checkpoint,
   return arithmetic;
 }
 
-RankSystemConfig::RankSystemConfig(bool testing) {
+RankSystemConfig::RankSystemConfig(bool testing, const TlsFiles& tls) {
   add_message_types<caf::id_block::troupe>();
   set("scheduler.max-threads", 1);
   set("scheduler.policy", testing ? caf::atom("testing") : caf::atom("sharing"));
   if (!testing) {
     load<caf::io::middleman>();
     set("middleman.enable-automatic-connections", false);
+  }
+  if (!tls.empty()) {
+    load<caf::openssl::manager>();
+    openssl_certificate = tls.certificate;
+    openssl_key = tls.key;
+    openssl_cafile = tls.ca;
   }
 }
 

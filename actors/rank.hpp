@@ -10,6 +10,7 @@
 #include "actors/messages.hpp"
 #include "actors/placement.hpp"
 #include "actors/rank_context.hpp"
+#include "actors/tls.hpp"
 #include "config/checkpoint.hpp"
 
 #include <caf/actor_system.hpp>
@@ -35,6 +36,7 @@ struct ClusterOptions {
   int num_threads = 0; // per rank; 0: cores / local ranks, at least 2
   int local_ranks = 1; // ranks on this host
   std::string cluster_token;
+  TlsFiles tls; // of the control port; empty: plain, on loopback
   bool trace = false;
 };
 
@@ -46,7 +48,7 @@ struct ClusterOptions {
 class RankSystemConfig : public caf::actor_system_config {
 public:
   // `testing`: CAF's single-threaded test scheduler; otherwise with the I/O middleman.
-  explicit RankSystemConfig(bool testing = false);
+  explicit RankSystemConfig(bool testing = false, const TlsFiles& tls = {});
 };
 
 struct RankEnvironment {

@@ -40,7 +40,7 @@ size_t credit_bytes(const ModelConfig& config, const RankLimits& limits) {
 caf::expected<std::unique_ptr<RankHost>>
 RankHost::make(RankId self, const ClusterOptions& options,
                std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<Fabric> fabric) {
-  std::unique_ptr<RankHost> host{new RankHost};
+  std::unique_ptr<RankHost> host{new RankHost{options.tls}};
   host->token_ = options.cluster_token;
   host->system_ = std::make_unique<caf::actor_system>(host->config_);
   host->fabric_ = std::move(fabric);

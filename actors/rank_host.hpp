@@ -45,7 +45,7 @@ public:
   void shut_down(bool clean);
 
 private:
-  RankHost() = default;
+  explicit RankHost(const TlsFiles& tls) : config_(false, tls) {}
   SteadyClock clock_;
   RankSystemConfig config_;
   std::unique_ptr<caf::actor_system> system_;

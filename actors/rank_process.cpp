@@ -4,7 +4,6 @@
 #include "actors/rank_host.hpp"
 #include "transport/ucx_fabric.hpp"
 
-#include <caf/io/middleman.hpp>
 #include <caf/scoped_actor.hpp>
 #include <caf/send.hpp>
 
@@ -68,7 +67,7 @@ caf::expected<caf::actor> reach_seed(caf::actor_system& system, const std::strin
     return endpoint.error();
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
-    auto handle = system.middleman().remote_actor(endpoint->host, endpoint->port);
+    auto handle = reach_port(system, endpoint->host, endpoint->port);
     if (handle)
       return std::move(*handle);
     if (std::chrono::steady_clock::now() >= deadline)
@@ -176,13 +175,11 @@ caf::expected<caf::actor> RankProcess::open_or_reach_port() {
     return reach_seed(host_->system(), *seed, options_.join_timeout);
   }
   auto port = host_->open_control_port(options_.join_timeout);
-  auto number = host_->system().middleman().publish(port, options_.control_port,
-                                                    options_.control_host.c_str(), true);
+  auto number = publish_port(host_->system(), port, options_.control_host, options_.control_port);
   if (!number)
-    return make_error(Errc::unreachable,
-                      fmt::format("the control port {}:{} can't be opened; is it in use?",
-                                  options_.control_host, options_.control_port));
-  agent_.say(fmt::format("port {}", *number));
+    return number.error();
+  const bool everywhere = options_.control_host == "0.0.0.0" || options_.control_host == "::";
+  agent_.say(fmt::format("port {}:{}", everywhere ? "127.0.0.1" : options_.control_host, *number));
   return port;
 }
 

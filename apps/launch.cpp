@@ -41,12 +41,12 @@ int launch(const std::string& file, SessionOptions options, bool json) {
   if (!spec->hosts.empty())
     return complain(file + ": hosts: ranks on several hosts are started by mpirun, srun or "
                            "torchrun-style variables, not by launch");
-  if (spec->control.tls())
-    return complain(file + ": control.certificate: this build's control port is plain and binds "
-                           "loopback only");
   if (spec->fabric != "ucx")
     return complain(file + ": fabric: launch runs a process per rank, \"ucx\" expected");
   apply(*spec, options);
+  options.cluster.tls = tls_of(spec->control);
+  if (auto error = check_tls(options.cluster.tls, file))
+    return complain(error);
   return run_cluster(options, spec->control.host, static_cast<uint16_t>(spec->control.port), json);
 }
 

@@ -6,6 +6,7 @@
 #include "actors/rank_process.hpp"
 #include "apps/console.hpp"
 #include "apps/launcher_env.hpp"
+#include "apps/tls_files.hpp"
 #include "config/cluster_spec.hpp"
 
 #include <CLI/CLI.hpp>
@@ -153,13 +154,13 @@ private:
 };
 
 // `patience`: how long the cluster may take to answer that it runs.
-int run_client(const std::string& seed, const std::string& token,
+int run_client(const std::string& seed, const std::string& token, const TlsFiles& tls,
                std::chrono::milliseconds patience, LoadingLine& loading,
                const std::function<int(ClusterClient&)>& body) {
   auto endpoint = parse_endpoint(seed);
   if (!endpoint)
     return complain(endpoint.error());
-  RankSystemConfig config;
+  RankSystemConfig config{false, tls};
   caf::actor_system system{config};
   auto client = ClusterClient::connect(system, endpoint->host, endpoint->port, token,
                                        std::chrono::seconds{10});
@@ -174,7 +175,7 @@ int run_client(const std::string& seed, const std::string& token,
 
 // The client under an agent: waits for the seed, ends when the agent does. What it complains about
 // goes to the agent.
-int client_main(AgentChannel& agent, const std::string& token,
+int client_main(AgentChannel& agent, const std::string& token, const TlsFiles& tls,
                 const std::function<int(ClusterClient&)>& body) {
   std::optional<std::string> seed;
   while (!seed) {
@@ -195,7 +196,7 @@ int client_main(AgentChannel& agent, const std::string& token,
     _exit(1);
   }}.detach();
   // However long loading takes: a rank that does not get on ends it with a better reason.
-  return run_client(*seed, token, std::chrono::hours{24}, *loading, body);
+  return run_client(*seed, token, tls, std::chrono::hours{24}, *loading, body);
 }
 
 RankProcessOptions process_options(const SessionOptions& o) {
@@ -246,7 +247,7 @@ int run_launched(const LauncherTask& task, SessionOptions o,
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
   if (task.rank == 0)
     agent.client_main = [&](AgentChannel& c) {
-      return client_main(c, o.cluster.cluster_token, [&](ClusterClient& client) {
+      return client_main(c, o.cluster.cluster_token, o.cluster.tls, [&](ClusterClient& client) {
         const int code = body(client);
         // The other tasks' agents end when their ranks have left.
         if (auto error = client.stop_cluster())
@@ -259,6 +260,10 @@ int run_launched(const LauncherTask& task, SessionOptions o,
 
 int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&)>& body) {
   auto address = o.attach;
+  auto tls = o.cluster.tls;
+  if (!tls.certificate.empty() || !tls.key.empty() || !tls.ca.empty())
+    if (auto error = check_tls_files(tls, {"--tls-certificate", "--tls-key", "--tls-ca"}))
+      return wrong_usage(error);
   auto token = o.token.empty() ? environment("TROUPE_TOKEN") : o.token;
   if (std::filesystem::is_regular_file(o.attach)) {
     auto spec = load_cluster_spec(o.attach);
@@ -270,11 +275,16 @@ int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&
     address = fmt::format("{}:{}", spec->control.host, spec->control.port);
     if (token.empty())
       token = spec->control.token;
+    if (tls.empty()) {
+      tls = tls_of(spec->control);
+      if (auto error = check_tls(tls, o.attach))
+        return complain(error);
+    }
   } else if (auto endpoint = parse_endpoint(address); !endpoint) {
     return wrong_usage("attach: " + text_of(endpoint.error()) + " or a cluster file");
   }
   LoadingLine loading; // stays empty: the cluster's own terminal shows it
-  return run_client(address, token, std::chrono::minutes{30}, loading, body);
+  return run_client(address, token, tls, std::chrono::minutes{30}, loading, body);
 }
 
 } // namespace
@@ -324,6 +334,14 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
   command
       .add_option("--token", o.token,
                   "Token of the cluster attached to (or environment TROUPE_TOKEN)")
+      ->group(group);
+  command
+      .add_option(
+          "--tls-certificate", o.cluster.tls.certificate,
+          "PEM file to show a cluster attached to that speaks TLS; a cluster file names it too")
+      ->group(group);
+  command.add_option("--tls-key", o.cluster.tls.key, "Its private key")->group(group);
+  command.add_option("--tls-ca", o.cluster.tls.ca, "PEM file with the authority of both sides")
       ->group(group);
   command.add_option("--join-timeout", o.join_timeout_s, "Seconds to wait for all ranks")
       ->check(CLI::Range(1, 86400))
@@ -425,9 +443,25 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
     agent.ranks.push_back(RankId{r});
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
   agent.client_main = [&](AgentChannel& c) {
-    return client_main(c, o.cluster.cluster_token, body);
+    return client_main(c, o.cluster.cluster_token, o.cluster.tls, body);
   };
   return run_agent(agent);
+}
+
+static std::string host_name() {
+  char name[256] = {};
+  return gethostname(name, sizeof name - 1) == 0 ? name : "127.0.0.1";
+}
+
+TlsFiles tls_of(const ControlSpec& control) {
+  return {control.certificate.string(), control.key.string(), control.ca.string()};
+}
+
+caf::error check_tls(const TlsFiles& tls, const std::string& file) {
+  if (tls.empty())
+    return {};
+  return with_context(file,
+                      check_tls_files(tls, {"control.certificate", "control.key", "control.ca"}));
 }
 
 int run_cluster(SessionOptions o, const std::string& control_host, uint16_t control_port,
@@ -452,7 +486,8 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
   agent.on_ready = [&](const std::string& port) {
     loading.end();
     // The seed is where the ranks of this host meet: its port, but maybe not the address bound.
-    const auto seed = control_host + port.substr(port.rfind(':'));
+    const bool everywhere = control_host == "0.0.0.0" || control_host == "::";
+    const auto seed = (everywhere ? host_name() : control_host) + port.substr(port.rfind(':'));
     if (json) {
       boost::json::object ready{
           {"attach", seed}, {"ranks", agent.ranks.size()}, {"model", o.cluster.model}};

@@ -5,6 +5,7 @@
 
 #include "actors/client.hpp"
 #include "actors/rank.hpp"
+#include "config/cluster_spec.hpp"
 
 #include <functional>
 #include <string>
@@ -41,6 +42,10 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 // goes to stdout, stderr and files.
 [[nodiscard]] int with_cluster(SessionOptions options,
                                const std::function<int(ClusterClient&)>& body);
+
+// What a cluster file says about TLS, and whether its files serve; errors name `file` and field.
+[[nodiscard]] TlsFiles tls_of(const ControlSpec& control);
+[[nodiscard]] caf::error check_tls(const TlsFiles& tls, const std::string& file);
 
 // Starts a cluster, prints where to attach, and keeps it up until told to stop; for `launch`.
 [[nodiscard]] int run_cluster(SessionOptions options, const std::string& control_host,

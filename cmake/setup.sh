@@ -10,9 +10,10 @@ build_packages=(
   libboost1.81-dev libboost-json1.81-dev libucx-dev libcli11-dev libfmt-dev libspdlog-dev
   libhwy-dev libpcre2-dev libxxhash-dev doctest-dev
 )
-# On top, for the tests: clang for libFuzzer, ip and mpirun for launching, oneDNN as the benchmarks'
-# peer, ccache because branches and sanitizers build the same sources again and again.
-test_packages=(clang-16 libclang-rt-16-dev iproute2 openmpi-bin libdnnl-dev ccache)
+# On top, for the tests: clang for libFuzzer, ip and mpirun for launching, openssl for certificates,
+# oneDNN as the benchmarks' peer, ccache because branches and sanitizers build the same sources again
+# and again.
+test_packages=(clang-16 libclang-rt-16-dev iproute2 openmpi-bin openssl libdnnl-dev ccache)
 
 say() { printf '%s\n' "$*"; }
 die() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }

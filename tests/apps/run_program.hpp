@@ -29,7 +29,7 @@ struct Outcome {
 };
 
 // A program under way. This process adopts what its children leave (PR_SET_CHILD_SUBREAPER), so
-// that an orphan is found by waiting for any child.
+// that an orphan is found by waiting for the program's process group.
 class Program {
 public:
   using Clock = std::chrono::steady_clock;
@@ -108,15 +108,16 @@ public:
         usleep(2000);
     }
     outcome_.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    // Children of a killed agent are killed by the kernel a moment later.
+    // Children of a killed agent are killed by the kernel a moment later. All are of its group, and
+    // other programs under way are none of theirs.
     const auto patience = Clock::now() + std::chrono::seconds{1};
     pid_t orphan = 0;
-    while ((orphan = waitpid(-1, nullptr, WNOHANG)) >= 0 && Clock::now() < patience)
+    while ((orphan = waitpid(-pid_, nullptr, WNOHANG)) >= 0 && Clock::now() < patience)
       if (orphan == 0)
         usleep(2000);
     if (orphan >= 0) { // still some alive
       kill(-pid_, SIGKILL);
-      while (waitpid(-1, nullptr, 0) > 0)
+      while (waitpid(-pid_, nullptr, 0) > 0)
         ++outcome_.left_behind;
     }
     while (read_some(Clock::now() + std::chrono::milliseconds{100})) {
