@@ -3,7 +3,7 @@
 // A shard is a safetensors file with `tokens` I32 [n], the documents one after the other, and
 // `document_starts` I64 [documents]. A folder of shards, in the order of their names, is one long
 // stream; rows of T + 1 tokens are cut from it at every T-th token, across documents and shards
-// (specification §4 on packing: no masking between documents), so that the last token of a row is
+// (as the report packs them: no masking between documents), so that the last token of a row is
 // the first of the next: it is a target here and an input there.
 //
 // A single file with `tokens` I32 [rows, T + 1] gives its rows as they are.

@@ -157,7 +157,7 @@ Convert conversion(DType from, DType to) {
 void fresh_scales(const WeightSource& s, int64_t row_block, int64_t first_block,
                   std::span<float> scales) {
   const int64_t last_row = std::min((row_block + 1) * s.block_rows, s.total_rows);
-  std::ranges::fill(scales, 0.0f); // amax, for now
+  std::ranges::fill(scales, 0.0f); // holds each block's amax until the division below
   float values[kTile];
   for (int64_t row = row_block * s.block_rows; row < last_row; ++row)
     for (size_t b = 0; b < scales.size(); ++b) {
