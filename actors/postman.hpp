@@ -28,10 +28,14 @@ enum class Route : uint16_t {
   gateway,
   attention,
   mtp,
-  expert_shard,
-  forwarder
+  expert_shard, // train experts, in training
+  forwarder,
+  pipeline_stage,
+  optimizer,
+  trainer,
+  balance_controller
 };
-inline constexpr size_t kNumRoutes = 7;
+inline constexpr size_t kNumRoutes = 11;
 
 class Postman final : public FabricSink {
 public:

@@ -13,10 +13,11 @@
 namespace troupe {
 
 struct Span {
-  const char* name;  // a literal
-  const char* track; // "compute" or "wire", a literal
+  std::string name;
+  const char* track; // "compute", "wire" or "op" (of a pipeline program), a literal
   Nanoseconds begin{0}, end{0};
   int64_t layer = -1;
+  int64_t step = -1; // of training
 };
 
 class Trace {

@@ -172,9 +172,9 @@ void read_step(const proto::TrainConfig& m, TextChecker& check, TrainConfig& c) 
     check.fail("steps", "expected the number of optimizer steps, but it is absent");
   const auto compute =
       check.one_of("compute", m.has_compute(), m.compute(), {"f32", "bf16", "fp8"}, "bf16");
-  c.compute = compute == "f32"   ? TrainCompute::f32
-              : compute == "fp8" ? TrainCompute::fp8
-                                 : TrainCompute::bf16;
+  c.compute = compute == "f32"   ? ComputePrecision::f32
+              : compute == "fp8" ? ComputePrecision::fp8
+                                 : ComputePrecision::bf16;
   c.recompute = m.recompute();
 }
 
@@ -323,13 +323,13 @@ caf::expected<TrainConfig> load_train_config(const std::optional<fs::path>& file
   return parse_train_config(*text, file->string(), file->parent_path(), flags);
 }
 
-std::string_view name_of(TrainCompute compute) {
+std::string_view name_of(ComputePrecision compute) {
   switch (compute) {
-  case TrainCompute::f32:
+  case ComputePrecision::f32:
     return "f32";
-  case TrainCompute::bf16:
+  case ComputePrecision::bf16:
     return "bf16";
-  case TrainCompute::fp8:
+  case ComputePrecision::fp8:
     return "fp8";
   }
   return "?";

@@ -14,7 +14,7 @@
 
 namespace troupe {
 
-enum class TrainCompute : uint8_t { f32, bf16, fp8 };
+enum class ComputePrecision : uint8_t { f32, bf16, fp8 };
 enum class LrSchedule : uint8_t { constant, wsd, cosine };
 enum class PipelineSchedule : uint8_t { dualpipe, dualpipev, one_f_one_b, zb1p };
 
@@ -38,7 +38,7 @@ struct TrainConfig {
   int64_t micro_batch = 1; // sequences
   Stepwise batch{8, {}};   // sequences; whole numbers, multiples of micro_batch
   int64_t steps = 1;
-  TrainCompute compute = TrainCompute::bf16;
+  ComputePrecision compute = ComputePrecision::bf16;
   bool recompute = false;
 
   double lr = 2.2e-4, min_lr = 0;
@@ -95,7 +95,7 @@ using TrainOverrides = std::vector<std::pair<std::string, std::string>>;
 [[nodiscard]] caf::expected<TrainConfig>
 load_train_config(const std::optional<std::filesystem::path>& file, const TrainOverrides& flags);
 
-[[nodiscard]] std::string_view name_of(TrainCompute compute);
+[[nodiscard]] std::string_view name_of(ComputePrecision compute);
 [[nodiscard]] std::string_view name_of(LrSchedule schedule);
 [[nodiscard]] std::string_view name_of(PipelineSchedule schedule);
 

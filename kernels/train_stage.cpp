@@ -184,12 +184,12 @@ void StageWeights::bind() {
   const auto& share = layout_.share();
   for (int64_t l = share.first_layer; l < share.last_layer; ++l)
     blocks_.push_back(block(l));
-  if (const auto* table = layout_.find("model.embed_tokens.weight"))
+  if (const auto* table = layout_.find(kEmbeddingName))
     embedding_ = values(*table).data();
   if (!share.last)
     return;
   final_norm_ = norm("model.norm.weight");
-  head_ = linear("lm_head.weight");
+  head_ = linear(std::string{kHeadName});
   for (int64_t k = 0; k < share.num_mtp_layers; ++k) {
     const int64_t layer = config_.num_hidden_layers + k;
     const auto prefix = fmt::format("model.layers.{}.", layer);

@@ -22,6 +22,10 @@
 
 namespace troupe {
 
+// Tensors with several uses.
+inline constexpr std::string_view kEmbeddingName = "model.embed_tokens.weight";
+inline constexpr std::string_view kHeadName = "lm_head.weight";
+
 // Which part of the model: layers [first_layer, last_layer).
 struct StageShare {
   int64_t first_layer = 0, last_layer = 0;

@@ -36,14 +36,14 @@ enum class WireKind : uint16_t {
   goodbye,   // a clean leave: the silence that follows is no failure
   credit,    // `aux` more bytes may be sent
   // Between actors.
-  dispatch,  // attention or forwarder -> expert shard: rows, gate weights, index table
-  combine,   // expert shard or forwarder -> source: rows by slot or by complete gate group
-  forward,   // attention -> forwarder of a node (two-hop dispatch)
-  step_plan, // TP leader -> siblings: the rows of a step
-  partial,   // TP sibling -> siblings: FP32 partial sums of a K-cut matrix
-  gathered,  // TP sibling -> siblings: rows it combined
-  control,   // a serialized control message (requests, tokens, shutdown, agreement)
-  bulk,      // large answers to a client: logits, hidden states
+  dispatch,   // attention or forwarder -> expert shard: rows, gate weights, index table
+  combine,    // expert shard or forwarder -> source: rows by slot or by complete gate group
+  forward,    // attention -> forwarder of a node (two-hop dispatch)
+  stage_rows, // pipeline stage -> the next or previous one: activations, gradients
+  partial,    // TP sibling -> siblings: FP32 partial sums of a K-cut matrix
+  gathered,   // TP sibling -> siblings: rows it combined
+  control,    // a serialized control message (requests, tokens, shutdown, agreement)
+  bulk,       // optimizer -> optimizer: pieces of gradients and of weights
 };
 
 // True for kinds whose payload carries a checksum (all but the fabric's own, payload-free ones).
