@@ -6,6 +6,7 @@
 #include "actors/gateway.hpp"
 #include "actors/mtp.hpp"
 #include "actors/rank_supervisor.hpp"
+#include "actors/train_messages.hpp"
 
 #include <caf/actor_cast.hpp>
 #include <caf/default_attachable.hpp>
@@ -90,6 +91,7 @@ caf::expected<Arithmetic> choose_arithmetic(const Checkpoint& checkpoint,
 
 RankSystemConfig::RankSystemConfig(bool testing, const TlsFiles& tls) {
   add_message_types<caf::id_block::troupe>();
+  add_message_types<caf::id_block::troupe_train>();
   set("scheduler.max-threads", 1);
   set("scheduler.policy", testing ? caf::atom("testing") : caf::atom("sharing"));
   if (!testing) {
