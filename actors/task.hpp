@@ -45,9 +45,9 @@ public:
       handle_.destroy();
   }
 
-  // Runs it up to its first wait.
+  // Runs it up to its first wait. An empty task is done.
   void start() {
-    if (!std::exchange(handle_.promise().started, true))
+    if (handle_ && !std::exchange(handle_.promise().started, true))
       handle_.resume();
   }
   [[nodiscard]] bool done() const { return !handle_ || handle_.done(); }
@@ -63,7 +63,7 @@ public:
 private:
   struct Awaiter {
     std::coroutine_handle<promise_type> task;
-    bool await_ready() noexcept { return task.done(); }
+    bool await_ready() noexcept { return !task || task.done(); }
     std::coroutine_handle<> await_suspend(std::coroutine_handle<> waiting) noexcept {
       task.promise().waiting = waiting;
       if (!std::exchange(task.promise().started, true))
@@ -71,7 +71,7 @@ private:
       return std::noop_coroutine();
     }
     void await_resume() const {
-      if (task.promise().thrown)
+      if (task && task.promise().thrown)
         std::rethrow_exception(task.promise().thrown);
     }
   };
