@@ -47,6 +47,8 @@ struct TrainContext {
   std::shared_ptr<TrainCompute> compute;
   std::vector<TrainPhase> phases;
   View experts_view; // members, and where this rank's layers have their experts
+  // For work that no step waits for (averages, files). Not owned; outlives the actors.
+  ComputeStream* background = nullptr;
   mutable std::atomic<int64_t> busy_ns{0}; // of the compute stream, in training jobs
 
   [[nodiscard]] RankId self() const { return rank->self; }

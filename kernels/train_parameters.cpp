@@ -13,7 +13,6 @@ namespace troupe {
 namespace {
 
 constexpr int64_t kAlignment = 16;       // elements: a cache line
-constexpr int64_t kNormBlock = 65'536;   // elements
 constexpr int64_t kNoisePiece = 1 << 16; // elements; a multiple of 4
 
 template <class Stored, class Convert>
@@ -136,6 +135,13 @@ void init_masters(uint64_t seed, float std, const TrainArena& masters) {
   }
 }
 
+double squared_norm(std::span<const float> block) {
+  double sum = 0;
+  for (const float g : block)
+    sum = std::fma(static_cast<double>(g), static_cast<double>(g), sum);
+  return sum;
+}
+
 std::vector<std::pair<std::string, double>> squared_norms(const TrainArena& gradients) {
   std::vector<std::pair<std::string, double>> norms;
   for (const auto& t : gradients.layout().tensors()) {
@@ -143,14 +149,9 @@ std::vector<std::pair<std::string, double>> squared_norms(const TrainArena& grad
       continue;
     const auto values = gradients.of(t);
     double sum = 0;
-    for (int64_t begin = 0; begin < t.size; begin += kNormBlock) {
-      double block = 0;
-      for (const float g :
-           values.subspan(static_cast<size_t>(begin),
-                          static_cast<size_t>(std::min(kNormBlock, t.size - begin))))
-        block = std::fma(static_cast<double>(g), static_cast<double>(g), block);
-      sum += block;
-    }
+    for (int64_t begin = 0; begin < t.size; begin += kNormBlock)
+      sum += squared_norm(values.subspan(
+          static_cast<size_t>(begin), static_cast<size_t>(std::min(kNormBlock, t.size - begin))));
     norms.emplace_back(t.spec.name, sum);
   }
   return norms;

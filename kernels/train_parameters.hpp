@@ -73,6 +73,10 @@ private:
 // of them), norms 1, biases 0 (specification §5.2).
 void init_masters(uint64_t seed, float std, const TrainArena& masters);
 
+// Σ g² of a tensor in F64: chains of FMAs over blocks of kNormBlock elements, blocks in order.
+inline constexpr int64_t kNormBlock = 65'536;
+[[nodiscard]] double squared_norm(std::span<const float> block); // one block
+
 // Σ g² over all parameters in F64, over blocks of 65,536 elements of each tensor, blocks in order
 // (contract, Gradients on a grid); one sum per tensor, so that ranks can add them by name.
 [[nodiscard]] std::vector<std::pair<std::string, double>>
