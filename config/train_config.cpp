@@ -139,6 +139,7 @@ void read_sources(const proto::TrainConfig& m, const Paths& path, TextChecker& c
     check.fail(m.model().empty() ? "model" : "init",
                "expected either model (a checkpoint) or init (a preset or config.json)");
   c.seed = m.seed();
+  c.init_std = check.in_range("init_std", m.has_init_std(), m.init_std(), 0.0, 10.0, c.init_std);
   c.data = path("data", m.data());
   c.tokens = path("tokens", m.tokens());
   c.chat = path("chat", m.chat());

@@ -30,6 +30,7 @@ struct TrainConfig {
   std::filesystem::path model; // exactly one of model and init
   std::string init;
   uint64_t seed = 0;
+  double init_std = 0.006;
   std::filesystem::path data, tokens, chat; // exactly one
   std::optional<int64_t> sequence_length;   // absent: the file's, with `tokens`
   std::filesystem::path held_out;           // empty: none

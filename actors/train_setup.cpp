@@ -1,0 +1,259 @@
+#include "actors/train_setup.hpp"
+
+#include "actors/train_checkpoint.hpp"
+#include "actors/train_shard.hpp"
+#include "config/json.hpp"
+#include "config/presets.hpp"
+#include "config/tokenizer.hpp"
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace troupe {
+
+namespace fs = std::filesystem;
+namespace json = boost::json;
+
+namespace {
+
+caf::expected<ModelConfig> base_model(const TrainConfig& config) {
+  if (!config.init.empty()) {
+    if (const auto known = preset(config.init))
+      return *known;
+    return load_model_config(config.init);
+  }
+  return load_model_config(config.model);
+}
+
+// The model as it is trained.
+caf::error adapt(const TrainConfig& config, ModelConfig& model) {
+  if (model.tie_word_embeddings)
+    return make_error(Errc::unsupported, "tie_word_embeddings: training one matrix as embedding "
+                                         "and head is not supported");
+  model.quantization.reset();
+  if (!config.yarn_original_length)
+    return {};
+  RopeScaling yarn; // the report's extension, specification §5.2
+  yarn.factor = config.yarn_factor;
+  yarn.original_max_position_embeddings = *config.yarn_original_length;
+  yarn.mscale = 1;
+  yarn.mscale_all_dim = 1;
+  model.rope_scaling = yarn;
+  const auto longest = static_cast<double>(*config.yarn_original_length) * config.yarn_factor;
+  model.max_position_embeddings =
+      std::max(model.max_position_embeddings, static_cast<int64_t>(longest));
+  return {};
+}
+
+// Where the model's tokenizer is: its folder, or the data's.
+fs::path tokenizer_folder(const TrainConfig& config) {
+  std::vector<fs::path> folders{config.model, config.data};
+  if (!config.init.empty())
+    folders.push_back(fs::is_directory(config.init) ? fs::path{config.init}
+                                                    : fs::path{config.init}.parent_path());
+  for (const auto& folder : folders)
+    for (const char* name : {"tokenizer.json", "tiktoken.model"})
+      if (!folder.empty() && fs::is_regular_file(folder / name))
+        return folder;
+  return {};
+}
+
+// Shards hold ids; of which tokenizer, the one beside them tells.
+caf::error check_tokenizers(const TrainConfig& config) {
+  for (const char* name : {"tokenizer.json", "tiktoken.model"}) {
+    const auto of_model = config.model / name, of_data = config.data / name;
+    if (config.model.empty() || config.data.empty() || !fs::is_regular_file(of_model) ||
+        !fs::is_regular_file(of_data))
+      continue;
+    constexpr size_t kMost = size_t{256} << 20;
+    const auto a = read_text_file(of_model, kMost), b = read_text_file(of_data, kMost);
+    if (!a || !b)
+      return !a ? a.error() : b.error();
+    if (*a != *b)
+      return make_error(Errc::mismatch,
+                        fmt::format("{} was made with another tokenizer than the model's ({})",
+                                    config.data.string(), of_model.string()));
+  }
+  return {};
+}
+
+// Where weights come from.
+caf::error choose_source(TrainSetup& setup) {
+  const auto& config = setup.config;
+  if (!setup.resume_from.empty()) {
+    auto shards = TrainShards::open(setup.resume_from / "training");
+    if (!shards)
+      return shards.error();
+    setup.source = resume_source(std::make_shared<const TrainShards>(std::move(*shards)));
+    return {};
+  }
+  if (!config.init.empty()) {
+    setup.source.masters = [seed = config.seed, std = static_cast<float>(config.init_std)](
+                               const TrainArena& masters) -> caf::error {
+      init_masters(seed, std, masters);
+      return {};
+    };
+    return {};
+  }
+  auto checkpoint = Checkpoint::open(config.model);
+  if (!checkpoint)
+    return checkpoint.error();
+  setup.model.num_nextn_predict_layers = (*checkpoint)->num_mtp_layers();
+  setup.digest = (*checkpoint)->digest();
+  setup.source.masters = [opened = *checkpoint](const TrainArena& masters) {
+    return load_masters(*opened, masters);
+  };
+  return {};
+}
+
+caf::error find_resume_point(TrainSetup& setup, const json::object& settings) {
+  const auto& config = setup.config;
+  if (!config.resume)
+    return {};
+  if (config.out.empty())
+    return make_error(Errc::invalid_argument, "resume: expected out, the folder to resume from");
+  auto found = newest_checkpoint(config.out);
+  if (!found)
+    return found.error();
+  auto before = load_model_config(found->folder);
+  if (!before)
+    return before.error();
+  auto now = setup.model;
+  before->torch_dtype = now.torch_dtype = "";
+  if (to_json(*before) != to_json(now))
+    return make_error(Errc::mismatch, fmt::format("resume: {} is the checkpoint of another model",
+                                                  found->folder.string()));
+  if (found->state.data_digest != setup.data->digest())
+    return make_error(Errc::mismatch,
+                      fmt::format("resume: {} was trained on other data; start a new run from it "
+                                  "with --model",
+                                  found->folder.string()));
+  for (const auto& line : changed_settings(found->state.settings, settings))
+    spdlog::warn("resume: {}; the run goes on, but not to the bit as it would have", line);
+  setup.resume_from = found->folder;
+  setup.first_step = found->state.step + 1;
+  return {};
+}
+
+caf::error check_out(const TrainConfig& config) {
+  if (config.out.empty() || config.resume)
+    return {};
+  if (fs::exists(config.out) && !fs::is_directory(config.out))
+    return make_error(Errc::invalid_argument,
+                      fmt::format("out: {} is no folder", config.out.string()));
+  if (newest_checkpoint(config.out))
+    return make_error(Errc::invalid_argument,
+                      fmt::format("out: {} holds checkpoints of another run; give --resume to go "
+                                  "on with it, or another folder",
+                                  config.out.string()));
+  return {};
+}
+
+} // namespace
+
+json::object settings_json(const TrainConfig& c) {
+  const auto stepwise = [](const Stepwise& s) {
+    json::array list{s.first};
+    for (const auto& [step, value] : s.changes)
+      list.push_back({step, value});
+    return list;
+  };
+  const auto name = [](std::string_view text) { return json::string{text.data(), text.size()}; };
+  return {{"seed", c.seed},
+          {"compute", name(name_of(c.compute))},
+          {"backend", c.backend},
+          {"batch", stepwise(c.batch)},
+          {"micro_batch", c.micro_batch},
+          {"grad_lanes", c.grad_lanes},
+          {"grad_groups", c.grad_groups},
+          {"lr", c.lr},
+          {"min_lr", c.min_lr},
+          {"lr_schedule", name(name_of(c.lr_schedule))},
+          {"warmup_steps", c.warmup_steps},
+          {"decay_steps", c.decay_steps},
+          {"weight_decay", c.weight_decay},
+          {"beta1", c.beta1},
+          {"beta2", c.beta2},
+          {"eps", c.eps},
+          {"clip", c.clip},
+          {"ema", c.ema},
+          {"mtp_lambda", stepwise(c.mtp_lambda)},
+          {"bias_gamma", stepwise(c.bias_gamma)},
+          {"balance_alpha", c.balance_alpha}};
+}
+
+caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainConfig& config) try {
+  auto setup = std::make_shared<TrainSetup>();
+  setup->config = config;
+  if (auto error = check_out(config))
+    return error;
+  auto model = base_model(config);
+  if (!model)
+    return model.error();
+  setup->model = std::move(*model);
+  if (auto error = adapt(config, setup->model))
+    return error;
+  if (auto error = check_tokenizers(config))
+    return error;
+  setup->tokenizer = tokenizer_folder(config);
+  std::shared_ptr<const Tokenizer> tokenizer;
+  if (!setup->tokenizer.empty()) {
+    auto loaded = Tokenizer::load(setup->tokenizer);
+    if (!loaded)
+      return loaded.error();
+    tokenizer = *loaded;
+  }
+  auto data = TrainData::open(config, setup->model.vocab_size, tokenizer.get());
+  if (!data)
+    return data.error();
+  setup->data = *data;
+  if (!config.held_out.empty()) {
+    auto held_out = TrainData::open_held_out(config.held_out, setup->data->sequence_length(),
+                                             setup->model.vocab_size);
+    if (!held_out)
+      return held_out.error();
+    setup->held_out = *held_out;
+  }
+  if (!config.model.empty()) { // modules that are not there can't be trained
+    auto checkpoint = Checkpoint::open(config.model);
+    if (!checkpoint)
+      return checkpoint.error();
+    setup->model.num_nextn_predict_layers = (*checkpoint)->num_mtp_layers();
+  }
+  const auto settings = settings_json(config);
+  if (auto error = find_resume_point(*setup, settings))
+    return error;
+  if (auto error = choose_source(*setup))
+    return error;
+  const auto text = fmt::format("{} {} {} {} {} {} {} {} {}", setup->digest, to_json(setup->model),
+                                json::serialize(settings), setup->data->digest(), config.steps,
+                                setup->first_step, config.pp, config.ep, config.dp) +
+                    std::string{name_of(config.schedule)};
+  setup->digest = XXH3_64bits(text.data(), text.size());
+  return std::shared_ptr<const TrainSetup>{std::move(setup)};
+} catch (const fs::filesystem_error& error) {
+  return make_error(Errc::io_error, error.what());
+}
+
+size_t train_credit_bytes(const TrainSetup& setup) {
+  // A chunk's dispatch and answer, to and from a peer, for every chunk that may be alive, and the
+  // rows between stages; of the optimizer a window. Half as much again, as credit returns late.
+  const auto row = static_cast<size_t>(setup.model.hidden_size) * sizeof(float) + 64;
+  const auto copies =
+      static_cast<size_t>(2 * std::max<int64_t>(setup.model.num_experts_per_tok, 1) + 2);
+  const auto alive = static_cast<size_t>(setup.config.pp) + 2;
+  return (size_t{96} << 20) + static_cast<size_t>(setup.rows()) * row * copies * alive * 3 / 2;
+}
+
+size_t train_pool_bytes(const TrainSetup& setup) {
+  // What peers may send and what this rank sends; taken only when used.
+  return (size_t{256} << 20) +
+         train_credit_bytes(setup) * static_cast<size_t>(setup.config.num_ranks() + 1) * 2;
+}
+
+} // namespace troupe
