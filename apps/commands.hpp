@@ -17,5 +17,6 @@ void add_init(CLI::App& app, int& code);
 void add_launch(CLI::App& app, int& code);
 void add_data(CLI::App& app, int& code);
 void add_plan(CLI::App& app, int& code);
+void add_plot(CLI::App& app, int& code);
 
 } // namespace troupe

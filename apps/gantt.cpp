@@ -118,13 +118,10 @@ private:
     svg_.box(x, y, 14, 13, kLane);
     x += 20;
     words("idle", 38);
-    if (dual)
-      words(style_.kind == ScheduleKind::dualpipe
-                ? "·  deep and pale colours: the two directions; numbers: micro-batches of each"
-                : "·  deep and pale colours: down and up the V; numbers: micro-batches",
-            0);
-    else
-      words("·  numbers: micro-batches", 0);
+    words(!dual                                   ? "numbers: micro-batches"
+          : style_.kind == ScheduleKind::dualpipe ? "deep and pale: the two directions"
+                                                  : "deep and pale: down and up the V",
+          0);
   }
 
   void draw_chart(const GanttChart& chart) {
@@ -198,7 +195,7 @@ private:
   visible(const std::vector<std::pair<double, double>>& spans) const {
     std::vector<std::pair<double, double>> merged;
     for (const auto& span : spans) {
-      if (!merged.empty() && (span.first - merged.back().second) * scale_ < 0.4)
+      if (!merged.empty() && (span.first - merged.back().second) * scale_ < 1.2)
         merged.back().second = std::max(merged.back().second, span.second);
       else
         merged.push_back(span);

@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
   troupe::add_launch(app, code);
   troupe::add_data(app, code);
   troupe::add_plan(app, code);
+  troupe::add_plot(app, code);
   if (argc > 1 && argv[1][0] != '-' &&
       app.get_subcommands([&](const CLI::App* c) { return c->get_name() == argv[1]; }).empty()) {
     std::fprintf(stderr, "troupe: error: \"%s\" is no command; `troupe --help` lists them\n",
