@@ -113,6 +113,7 @@ private:
   void take_line(Child& child, const std::string& line);
   void tell(Child& child, const std::string& line);
   void tell_seed();
+  bool tell_client();
   void begin_stop(int code);
   void blame(Blame blame, const std::string& text, int code);
   [[nodiscard]] std::string nearest_cause() const;
@@ -127,6 +128,7 @@ private:
   sigset_t old_mask_{};
   std::optional<std::string> seed_;
   bool stopping_ = false;
+  bool interrupted_ = false; // the client was told
   bool killed_ = false;
   bool told_ready_ = false;
   int code_ = 0;
@@ -285,6 +287,10 @@ void Running::read_signals() {
     const int s = static_cast<int>(info.ssi_signo);
     if (s == SIGCHLD)
       continue;
+    if (!stopping_ && !interrupted_ && options_.client_ends_run && s != SIGHUP && tell_client()) {
+      interrupted_ = true;
+      continue;
+    }
     if (stopping_) // a second one: don't be polite
       deadline_ = Clock::now();
     else
@@ -451,6 +457,16 @@ void Running::tell(Child& c, const std::string& line) {
 void Running::tell_seed() {
   for (auto& c : children_)
     tell(c, "seed " + *seed_);
+}
+
+// False: there is none to tell.
+bool Running::tell_client() {
+  for (auto& c : children_)
+    if (c.alive && !c.rank.valid()) {
+      tell(c, "interrupt");
+      return true;
+    }
+  return false;
 }
 
 void Running::begin_stop(int code) {

@@ -19,6 +19,7 @@
 //                   stop          end the run cleanly (a client that asked the cluster to stop)
 //   agent → child   seed H:P      where rank 0's control port is
 //                   loading N     to the client: bytes that the ranks of this host have loaded
+//                   interrupt     to the client: the user wants the run to end (first signal)
 //                   stop          leave cleanly
 #pragma once
 
@@ -67,6 +68,9 @@ struct AgentOptions {
   std::function<void(int64_t bytes)> on_loading;
   // Called once when all ranks of this host are ready (launch prints where to attach).
   std::function<void(const std::string& seed)> on_ready;
+  // The first SIGINT or SIGTERM goes to the client, which brings its work to an end; from the
+  // second on they stop the run.
+  bool client_ends_run = false;
   int stop_timeout_ms = 5000; // how long a clean stop may take
   int stopped_rank_ms = 4000; // how long a rank may be stopped (SIGSTOP) until it counts as lost
 };

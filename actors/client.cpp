@@ -95,7 +95,7 @@ caf::expected<RequestId> ClusterClient::submit(RequestSpec spec) {
 }
 
 caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
-                                               const std::function<bool()>& interrupted) {
+                                               const Interrupted& interrupted) {
   std::optional<RequestDone> done;
   bool cancelled = false;
   while (!done && !down_) {
@@ -124,6 +124,30 @@ caf::expected<RequestDone> ClusterClient::wait(const RequestHandlers& handlers,
 }
 
 void ClusterClient::cancel(RequestId id) { self_->send(port_, CancelRequest{id}); }
+
+caf::expected<TrainingDone>
+ClusterClient::train(const std::function<void(const TrainRecord&)>& on_record,
+                     const Interrupted& interrupted) {
+  caf::error refused;
+  self_->request(port_, kAnswerTimeout, StartTraining{token_, caf::actor_cast<caf::actor>(self_)})
+      .receive([] {}, [&](caf::error& error) { refused = refusal("starting the run", error); });
+  if (refused)
+    return refused;
+  std::optional<TrainingDone> done;
+  bool told = false;
+  while (!done && !down_) {
+    self_->receive([&](TrainRecord& record) { on_record(record); },
+                   [&](TrainingDone& news) { done = std::move(news); },
+                   [&](const caf::down_msg&) { down_ = true; }, caf::after(kPollPeriod) >> [] {});
+    if (!told && interrupted && interrupted()) {
+      told = true;
+      self_->send(port_, StopTraining{token_});
+    }
+  }
+  if (!done)
+    return make_error(Errc::peer_lost, "the cluster went away");
+  return std::move(*done);
+}
 
 caf::expected<ClusterStats> ClusterClient::stats() {
   caf::expected<ClusterStats> answer{caf::error{}};

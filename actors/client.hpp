@@ -3,6 +3,7 @@
 #pragma once
 
 #include "actors/messages.hpp"
+#include "actors/train_messages.hpp"
 
 #include <caf/actor_system.hpp>
 #include <caf/scoped_actor.hpp>
@@ -20,6 +21,9 @@ struct RequestHandlers {
   std::function<void(const TokensReady&)> on_tokens;
   std::function<void(const RowsReady&)> on_rows;
 };
+
+// Polled a few times a second while a client waits.
+using Interrupted = std::function<bool()>;
 
 class ClusterClient {
 public:
@@ -39,9 +43,13 @@ public:
   // returns. Errc::peer_lost when the cluster goes away. `interrupted` is polled a few times a
   // second; when it says true all open requests are cancelled.
   [[nodiscard]] caf::expected<RequestDone> wait(const RequestHandlers& handlers,
-                                                const std::function<bool()>& interrupted = {});
+                                                const Interrupted& interrupted = {});
   // Asks for an early end of one of this client's requests; its `wait` tells of it.
   void cancel(RequestId id);
+  // Training runs: starts one and waits for its end, telling `on_record` of its steps. When
+  // `interrupted` says true, the run is told to finish its step, save and end.
+  [[nodiscard]] caf::expected<TrainingDone>
+  train(const std::function<void(const TrainRecord&)>& on_record, const Interrupted& interrupted);
   [[nodiscard]] caf::expected<ClusterStats> stats();
   [[nodiscard]] caf::error stop_cluster();
   [[nodiscard]] const caf::actor& port() const { return port_; }

@@ -61,9 +61,16 @@ caf::behavior control_port(Self self, std::string cluster_token, caf::actor memb
       [=](SubmitRequest& request) { return ask_gateway(self, request); },
       [=](GetClusterInfo& query) { return ask_gateway(self, query); },
       [=](GetClusterStats& query) { return ask_gateway(self, query); },
+      [=](StartTraining& command) { return ask_gateway(self, command); },
       // No token here: the gateway takes these from the request's own client only.
       [=](const RowsTaken& taken) { pass_on(self, taken); },
       [=](const CancelRequest& request) { pass_on(self, request); },
+      [=](const StopTraining& command) -> caf::result<caf::unit_t> {
+        if (command.cluster_token != self->state.cluster_token)
+          return wrong_token();
+        pass_on(self, command);
+        return caf::unit;
+      },
       [=](const StopCluster& command) -> caf::result<caf::unit_t> {
         if (command.cluster_token != self->state.cluster_token)
           return wrong_token();

@@ -6,6 +6,7 @@
 #include "actors/gateway.hpp"
 #include "actors/membership.hpp"
 #include "actors/messages.hpp"
+#include "actors/train_messages.hpp"
 
 #include <caf/event_based_actor.hpp>
 #include <caf/stateful_actor.hpp>
@@ -39,7 +40,7 @@ struct ControlPortState {
 
 // Untyped, because remote proxies of typed actors would tie clients to the whole interface.
 // Understands JoinRequest, SubmitRequest, RowsTaken, CancelRequest, GetClusterInfo,
-// GetClusterStats, StopCluster and, locally, OpenControlPort.
+// GetClusterStats, StartTraining, StopTraining, StopCluster and, locally, OpenControlPort.
 caf::behavior control_port(caf::stateful_actor<ControlPortState>* self, std::string cluster_token,
                            caf::actor membership, caf::actor supervisor);
 

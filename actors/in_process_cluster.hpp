@@ -15,6 +15,9 @@ class InProcessCluster {
 public:
   [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
   start(const ClusterOptions& options);
+  // A training run, as options.train says.
+  [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
+  start_training(const ClusterOptions& options, std::shared_ptr<const TrainSetup> setup);
   ~InProcessCluster();
   [[nodiscard]] ClusterClient& client() { return *client_; }
   [[nodiscard]] RankHost& host(size_t rank) { return *hosts_.at(rank); }
@@ -24,6 +27,7 @@ public:
 
 private:
   InProcessCluster() = default;
+  caf::error form(const ClusterOptions& options);
   struct Hub;
   std::unique_ptr<Hub> hub_;
   std::vector<std::unique_ptr<RankHost>> hosts_;

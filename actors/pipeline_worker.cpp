@@ -20,6 +20,13 @@ T value_of(caf::expected<T> result) {
   return std::move(*result);
 }
 
+bool all_finite(const float* x, int64_t n) {
+  float sum = 0; // NaN and ±∞ times zero are NaN, which stays
+  for (int64_t i = 0; i < n; ++i)
+    sum += x[i] * 0.0f;
+  return sum == 0.0f;
+}
+
 void require(const caf::error& error) {
   if (error)
     throw std::runtime_error{text_of(error)};
@@ -548,12 +555,18 @@ void PipelineWorker::post_dispatches(const TrainBlock& b, int64_t micro_batch, T
   payloads.clear();
 }
 
+void PipelineWorker::note_finite(bool finite, int64_t micro_batch, int64_t layer) {
+  if (!finite)
+    report_.not_finite.push_back({micro_batch, layer, context_->self()});
+}
+
 Task PipelineWorker::block_forward(const TrainBlock& b, const MicroBatchRows& rows,
                                    int64_t micro_batch, BlockState& s, Floats& x) {
   const int64_t n = rows.rows;
   const auto& c = *context_;
   std::vector<BufferRef> payloads;
   Floats y;
+  bool finite = true;
   const auto mine = [&](Workers& workers) {
     const FfnGroup all{&b.ffn, 0, n};
     y = compute().ffn_forward({&all, b.ffn.gate.n > 0 ? 1u : 0u}, n, s.u, s.ffn, false, workers);
@@ -567,6 +580,7 @@ Task PipelineWorker::block_forward(const TrainBlock& b, const MicroBatchRows& ro
       mine(workers);
       compute().add(n * hidden(), y.get(), s.mid.get(), workers);
       x = std::move(y);
+      finite = all_finite(x.get(), n * hidden());
       return;
     }
     compute().gate_forward(b, rows, s.u.get(), balance_scale(), s.gate, workers);
@@ -581,8 +595,10 @@ Task PipelineWorker::block_forward(const TrainBlock& b, const MicroBatchRows& ro
                                    s.u.get(), workers));
   };
   co_await job("attention", b.layer, attend);
-  if (!b.moe)
+  if (!b.moe) {
+    note_finite(finite, micro_batch, b.layer);
     co_return;
+  }
   report_.balance.push_back({micro_batch, b.layer, s.gate.balance_loss});
   auto& load = loads_[b.layer];
   load.resize(s.gate.counts.size());
@@ -603,8 +619,10 @@ Task PipelineWorker::block_forward(const TrainBlock& b, const MicroBatchRows& ro
     combine_route(s.route, n, hidden(), c.stage_format(), false, answers, y.get(), s.mid.get(),
                   compute().round(), x.get(), workers);
     y = nullptr;
+    finite = all_finite(x.get(), n * hidden());
   };
   co_await job("combine", b.layer, join);
+  note_finite(finite, micro_batch, b.layer);
 }
 
 // dx: the gradient of the block's output, then of its input.

@@ -134,6 +134,7 @@ private:
   // ---- messages ----
   void post_dispatches(const TrainBlock& b, int64_t micro_batch, TrainPass pass,
                        const ExpertRoute& route, std::vector<BufferRef>& payloads);
+  void note_finite(bool finite, int64_t micro_batch, int64_t layer);
   void report();
   void fail(std::string text);
   void throw_failure();

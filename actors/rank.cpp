@@ -1,12 +1,18 @@
 #include "actors/rank.hpp"
 
 #include "actors/attention.hpp"
+#include "actors/balance_controller.hpp"
 #include "actors/expert_shard.hpp"
 #include "actors/forwarder.hpp"
 #include "actors/gateway.hpp"
 #include "actors/mtp.hpp"
+#include "actors/optimizer.hpp"
+#include "actors/pipeline_stage.hpp"
 #include "actors/rank_supervisor.hpp"
+#include "actors/train_experts.hpp"
 #include "actors/train_messages.hpp"
+#include "actors/trainer.hpp"
+#include "kernels/train_fingerprint.hpp"
 
 #include <caf/actor_cast.hpp>
 #include <caf/default_attachable.hpp>
@@ -113,7 +119,9 @@ struct Rank::Impl {
 
   ClusterOptions options;
   RankEnvironment environment;
-  std::shared_ptr<const Checkpoint> checkpoint;
+  std::shared_ptr<const Checkpoint> checkpoint; // null when training
+  std::shared_ptr<const TrainSetup> setup;      // null when serving
+  std::shared_ptr<TrainContext> train;          // once started
   Postman postman;
   Trace trace;
   RankContext context;
@@ -128,6 +136,8 @@ struct Rank::Impl {
   caf::error connect(const View& view);
   caf::error start_experts(const LoadProgress& progress);
   caf::error start_attention(const LoadProgress& progress);
+  caf::error start_training(const LoadProgress& progress);
+  caf::expected<caf::actor> open_trainer();
   caf::expected<TrunkParts> load_parts(const LoadProgress& progress);
   template <class Handle>
   void adopt(Route route, const Handle& handle) {
@@ -179,6 +189,41 @@ caf::expected<std::unique_ptr<Rank>> Rank::make(RankId self, const ClusterOption
   return std::unique_ptr<Rank>{new Rank{std::move(impl)}};
 }
 
+// A training run's view: who takes part. Who does what is TrainPlan's.
+static View training_view(int32_t num_ranks) {
+  View view;
+  view.epoch = 1;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    Member member;
+    member.rank = RankId{r};
+    member.incarnation = 1;
+    member.node = NodeId{0};
+    view.members.push_back(member);
+  }
+  return view;
+}
+
+caf::expected<std::unique_ptr<Rank>> Rank::make_training(RankId self, const ClusterOptions& options,
+                                                         std::shared_ptr<const TrainSetup> setup,
+                                                         const RankEnvironment& environment) {
+  if (auto plan = plan_of(setup->config, setup->model); !plan)
+    return plan.error();
+  auto impl = std::make_unique<Impl>(self, options, nullptr, environment);
+  auto& c = impl->context;
+  c.self = self;
+  c.config = setup->model;
+  c.fabric = environment.fabric;
+  c.stream = environment.stream;
+  c.clock = environment.clock;
+  c.postman = &impl->postman;
+  c.trace = options.trace ? &impl->trace : nullptr;
+  impl->planned = training_view(setup->config.num_ranks());
+  impl->setup = std::move(setup);
+  c.view = std::make_shared<const View>(impl->planned);
+  impl->postman.set_fabric(environment.fabric);
+  return std::unique_ptr<Rank>{new Rank{std::move(impl)}};
+}
+
 Postman& Rank::postman() { return impl_->postman; }
 const View& Rank::planned_view() const { return impl_->planned; }
 Trace& Rank::trace() { return impl_->trace; }
@@ -190,13 +235,22 @@ JoinRequest Rank::join_request() const {
   request.cluster_token = impl_->options.cluster_token;
   request.version = kVersion;
   request.rank = c.self;
+  request.host = host_name();
+  request.address = c.fabric->address();
+  if (impl_->setup) {
+    const auto& config = impl_->setup->config;
+    const auto* ops = find_train_ops(config.backend);
+    request.model_digest = impl_->setup->digest;
+    request.arithmetic = fmt::format("training in {}", name_of(config.compute));
+    request.backend = ops ? ops->name : config.backend;
+    request.fingerprint = ops ? train_fingerprint(*ops) : 0;
+    return request;
+  }
   request.model_digest = impl_->checkpoint->digest();
   request.settings_digest = settings_digest(impl_->options, c.limits);
   request.arithmetic = to_string(c.arithmetic);
   request.backend = c.backend->name;
   request.fingerprint = arithmetic_fingerprint(*c.backend, c.arithmetic.activations);
-  request.host = host_name();
-  request.address = c.fabric->address();
   return request;
 }
 
@@ -300,11 +354,58 @@ caf::error Rank::Impl::start_attention(const LoadProgress& progress) {
   return {};
 }
 
+caf::error Rank::Impl::start_training(const LoadProgress& progress) {
+  auto made =
+      make_train_context(&context, setup->config, setup->model, setup->data, setup->held_out);
+  if (!made)
+    return made.error();
+  train = std::move(*made);
+  train->background = environment.background;
+  if (progress)
+    progress(1, 2);
+  auto state = make_optimizer_state(*train, setup->source);
+  if (!state)
+    return state.error();
+  for (const auto& phase : train->phases)
+    weight_bytes += phase.weights->layout().num_values() * int64_t{sizeof(float)};
+  auto& system = *environment.system;
+  const std::shared_ptr<const TrainContext> shared = train;
+  adopt(Route::optimizer, system.spawn(optimizer, shared, *state));
+  adopt(Route::expert_shard, system.spawn(train_experts, shared));
+  adopt(Route::pipeline_stage, system.spawn(pipeline_stage, shared));
+  return {};
+}
+
+caf::expected<caf::actor> Rank::Impl::open_trainer() {
+  // The controller starts from the biases of all layers, whoever holds them.
+  const auto layout = std::make_shared<const TrainLayout>(
+      train->plan.config, train->plan.num_mtp_layers,
+      [](const TensorSpec& spec) { return spec.role == TensorRole::router_bias; });
+  auto values = TrainArena::make(layout);
+  if (!values)
+    return values.error();
+  if (auto error = setup->source.masters(*values))
+    return error;
+  std::vector<LayerBias> biases;
+  for (const auto& tensor : layout->tensors()) {
+    const auto bias = values->of(tensor);
+    biases.push_back({tensor.spec.layer, {bias.begin(), bias.end()}});
+  }
+  auto& system = *environment.system;
+  const auto controller = system.spawn(balance_controller, std::move(biases));
+  adopt(Route::balance_controller, controller);
+  const std::shared_ptr<const TrainContext> shared = train;
+  adopt(Route::trainer, system.spawn(trainer, shared, setup, controller));
+  return actors.back();
+}
+
 caf::error Rank::start(const Welcome& welcome, const LoadProgress& progress) {
   auto& impl = *impl_;
   impl.context.view = std::make_shared<const View>(welcome.view);
   if (auto error = impl.connect(welcome.view))
     return error;
+  if (impl.setup)
+    return impl.start_training(progress);
   const auto& me = impl.context.me();
   if (me.hosts_experts)
     if (auto error = impl.start_experts(progress))
@@ -315,7 +416,9 @@ caf::error Rank::start(const Welcome& welcome, const LoadProgress& progress) {
   return {};
 }
 
-caf::actor Rank::open_gateway() {
+caf::expected<caf::actor> Rank::open_gateway() {
+  if (impl_->setup)
+    return impl_->open_trainer();
   const auto& c = impl_->context;
   ClusterInfo info;
   info.model = impl_->options.model;
@@ -328,7 +431,7 @@ caf::actor Rank::open_gateway() {
   info.max_context = c.limits.max_context;
   info.num_mtp_layers = impl_->checkpoint->num_mtp_layers();
   impl_->adopt(Route::gateway, impl_->environment.system->spawn(gateway, &c, std::move(info)));
-  return impl_->actors.back();
+  return caf::actor{impl_->actors.back()};
 }
 
 void Rank::stop() {

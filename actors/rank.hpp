@@ -11,6 +11,7 @@
 #include "actors/placement.hpp"
 #include "actors/rank_context.hpp"
 #include "actors/tls.hpp"
+#include "actors/train_setup.hpp"
 #include "config/checkpoint.hpp"
 
 #include <caf/actor_system.hpp>
@@ -38,6 +39,7 @@ struct ClusterOptions {
   std::string cluster_token;
   TlsFiles tls; // of the control port; empty: plain, on loopback
   bool trace = false;
+  std::shared_ptr<const TrainConfig> train; // null: the cluster serves
 };
 
 // Resolved arithmetic of a checkpoint under the options; Errc::unsupported where it can't be.
@@ -56,14 +58,19 @@ struct RankEnvironment {
   Fabric* fabric = nullptr;
   ComputeStream* stream = nullptr;
   const Clock* clock = nullptr;
+  ComputeStream* background = nullptr; // training: for what no step waits for
 };
 
 class Rank {
 public:
-  // Checks options against the model; loads nothing yet. `checkpoint` may be shared by ranks.
+  // Checks options against the model; loads nothing yet. `checkpoint` may be shared by ranks. A
+  // rank that trains has a setup instead, which may be shared too.
   [[nodiscard]] static caf::expected<std::unique_ptr<Rank>>
   make(RankId self, const ClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
        const RankEnvironment& environment);
+  [[nodiscard]] static caf::expected<std::unique_ptr<Rank>>
+  make_training(RankId self, const ClusterOptions& options, std::shared_ptr<const TrainSetup> setup,
+                const RankEnvironment& environment);
   ~Rank();
 
   // Receives from the fabric; to be handed to Fabric::start.
@@ -76,8 +83,8 @@ public:
   void supervise(std::function<void(const caf::error&)> on_end);
   // Connects to peers, loads this rank's weights and starts its actors.
   [[nodiscard]] caf::error start(const Welcome& welcome, const LoadProgress& progress);
-  // Rank 0, once all ranks are ready.
-  [[nodiscard]] caf::actor open_gateway();
+  // Rank 0, once all ranks are ready: where clients' questions go, the trainer of a training run.
+  [[nodiscard]] caf::expected<caf::actor> open_gateway();
   // Stops the actors in reverse order of their start. Jobs under way end first when the stream is
   // destroyed.
   void stop();

@@ -40,18 +40,33 @@ size_t credit_bytes(const ModelConfig& config, const RankLimits& limits) {
 caf::expected<std::unique_ptr<RankHost>>
 RankHost::make(RankId self, const ClusterOptions& options,
                std::shared_ptr<const Checkpoint> checkpoint, std::unique_ptr<Fabric> fabric) {
-  std::unique_ptr<RankHost> host{new RankHost{options.tls}};
-  host->token_ = options.cluster_token;
-  host->system_ = std::make_unique<caf::actor_system>(host->config_);
-  host->fabric_ = std::move(fabric);
-  host->stream_ = make_cpu_stream(compute_threads(options));
-  auto rank =
-      Rank::make(self, options, std::move(checkpoint),
-                 {host->system_.get(), host->fabric_.get(), host->stream_.get(), &host->clock_});
+  std::unique_ptr<RankHost> host{new RankHost{options, std::move(fabric)}};
+  auto rank = Rank::make(self, options, std::move(checkpoint), host->environment());
   if (!rank)
     return rank.error();
   host->rank_ = std::move(*rank);
   return host;
+}
+
+caf::expected<std::unique_ptr<RankHost>>
+RankHost::make_training(RankId self, const ClusterOptions& options,
+                        std::shared_ptr<const TrainSetup> setup, std::unique_ptr<Fabric> fabric) {
+  std::unique_ptr<RankHost> host{new RankHost{options, std::move(fabric)}};
+  host->background_ = make_cpu_stream(1);
+  auto rank = Rank::make_training(self, options, std::move(setup), host->environment());
+  if (!rank)
+    return rank.error();
+  host->rank_ = std::move(*rank);
+  return host;
+}
+
+RankHost::RankHost(const ClusterOptions& options, std::unique_ptr<Fabric> fabric)
+    : config_(false, options.tls), system_(std::make_unique<caf::actor_system>(config_)),
+      fabric_(std::move(fabric)), stream_(make_cpu_stream(compute_threads(options))),
+      token_(options.cluster_token) {}
+
+RankEnvironment RankHost::environment() const {
+  return {system_.get(), fabric_.get(), stream_.get(), &clock_, background_.get()};
 }
 
 RankHost::~RankHost() { shut_down(false); }
@@ -126,7 +141,10 @@ caf::error RankHost::await_cluster() {
     caf::anon_send(control_port_, OpenControlPort{{}, *decided_});
     return *decided_;
   }
-  caf::anon_send(control_port_, OpenControlPort{rank_->open_gateway(), {}});
+  auto gateway = rank_->open_gateway();
+  if (!gateway)
+    return gateway.error();
+  caf::anon_send(control_port_, OpenControlPort{*gateway, {}});
   return {};
 }
 
@@ -147,6 +165,7 @@ void RankHost::shut_down(bool clean) {
     }
   system_->await_all_actors_done(); // from here on nobody starts a job or sends
   stream_.reset();                  // jobs under way end here; their news finds nobody
+  background_.reset();
   if (fabric_)
     fabric_->stop(clean, 1000);
   rank_.reset();

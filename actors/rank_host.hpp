@@ -20,6 +20,9 @@ public:
   [[nodiscard]] static caf::expected<std::unique_ptr<RankHost>>
   make(RankId self, const ClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint,
        std::unique_ptr<Fabric> fabric);
+  [[nodiscard]] static caf::expected<std::unique_ptr<RankHost>>
+  make_training(RankId self, const ClusterOptions& options, std::shared_ptr<const TrainSetup> setup,
+                std::unique_ptr<Fabric> fabric);
   ~RankHost(); // shuts down
 
   [[nodiscard]] caf::actor_system& system() { return *system_; }
@@ -45,12 +48,13 @@ public:
   void shut_down(bool clean);
 
 private:
-  explicit RankHost(const TlsFiles& tls) : config_(false, tls) {}
+  RankHost(const ClusterOptions& options, std::unique_ptr<Fabric> fabric);
+  [[nodiscard]] RankEnvironment environment() const;
   SteadyClock clock_;
   RankSystemConfig config_;
   std::unique_ptr<caf::actor_system> system_;
   std::unique_ptr<Fabric> fabric_;
-  std::unique_ptr<ComputeStream> stream_;
+  std::unique_ptr<ComputeStream> stream_, background_;
   std::unique_ptr<Rank> rank_;
   caf::actor membership_, control_port_;
   std::string token_;

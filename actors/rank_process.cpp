@@ -134,6 +134,9 @@ public:
 
 private:
   caf::error make_host();
+  [[nodiscard]] caf::expected<std::unique_ptr<Fabric>> make_fabric(size_t pool_bytes,
+                                                                   size_t credit) const;
+  caf::error adopt(caf::expected<std::unique_ptr<RankHost>> host);
   caf::expected<caf::actor> open_or_reach_port();
   caf::error serve();
   caf::error write_trace();
@@ -147,20 +150,38 @@ private:
 };
 
 caf::error RankProcess::make_host() {
+  if (options_.cluster.train) {
+    auto setup = load_train_setup(*options_.cluster.train);
+    if (!setup)
+      return setup.error();
+    auto fabric = make_fabric(train_pool_bytes(**setup), train_credit_bytes(**setup));
+    if (!fabric)
+      return fabric.error();
+    return adopt(RankHost::make_training(self_, options_.cluster, *setup, std::move(*fabric)));
+  }
   auto checkpoint = Checkpoint::open(options_.cluster.model);
   if (!checkpoint)
     return checkpoint.error();
+  const auto& config = (*checkpoint)->config();
+  auto fabric = make_fabric(buffer_pool_bytes(config, options_.cluster.limits),
+                            credit_bytes(config, options_.cluster.limits));
+  if (!fabric)
+    return fabric.error();
+  return adopt(RankHost::make(self_, options_.cluster, std::move(*checkpoint), std::move(*fabric)));
+}
+
+caf::expected<std::unique_ptr<Fabric>> RankProcess::make_fabric(size_t pool_bytes,
+                                                                size_t credit) const {
   FabricOptions fabric_options;
   fabric_options.self = self_;
   fabric_options.incarnation = 1;
   fabric_options.cluster_token = options_.cluster.cluster_token;
-  fabric_options.pool =
-      BufferPool::make(buffer_pool_bytes((*checkpoint)->config(), options_.cluster.limits));
-  fabric_options.credit_bytes = credit_bytes((*checkpoint)->config(), options_.cluster.limits);
-  auto fabric = make_ucx_fabric(fabric_options);
-  if (!fabric)
-    return fabric.error();
-  auto host = RankHost::make(self_, options_.cluster, std::move(*checkpoint), std::move(*fabric));
+  fabric_options.pool = BufferPool::make(pool_bytes);
+  fabric_options.credit_bytes = credit;
+  return make_ucx_fabric(fabric_options);
+}
+
+caf::error RankProcess::adopt(caf::expected<std::unique_ptr<RankHost>> host) {
   if (!host)
     return host.error();
   host_ = std::move(*host);

@@ -142,10 +142,13 @@ caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) 
   for (auto& member : members_)
     if (auto error = member->rank->start(Welcome{group.view}, {}))
       return error;
+  auto gateway = members_[0]->rank->open_gateway();
+  if (!gateway)
+    return gateway.error();
   client_ = std::make_shared<Client>();
-  client_->actor = members_[0]->system->spawn(simulated_client, members_[0]->rank->open_gateway(),
-                                              options_.cluster.cluster_token, &client_->answers,
-                                              &client_->index, &client_->finished);
+  client_->actor =
+      members_[0]->system->spawn(simulated_client, *gateway, options_.cluster.cluster_token,
+                                 &client_->answers, &client_->index, &client_->finished);
   return {};
 }
 

@@ -79,6 +79,11 @@ struct LayerLoad {
   int64_t layer = 0;
   std::vector<int64_t> counts;
 };
+// The first layer of a micro-batch whose output holds a value that is not finite.
+struct NotFinite {
+  int64_t micro_batch = 0, layer = 0;
+  RankId rank;
+};
 // News pipeline stage -> trainer: this rank's share of a step.
 struct StageReport {
   int64_t step = 0;
@@ -86,6 +91,7 @@ struct StageReport {
   std::vector<MicroBatchLoss> losses;
   std::vector<BalanceLoss> balance;
   std::vector<LayerLoad> loads;
+  std::vector<NotFinite> not_finite;
   double busy_s = 0, program_s = 0;
   uint64_t wire_bytes = 0; // sent since the run began
 };
@@ -202,9 +208,13 @@ typename Inspector::result_type inspect(Inspector& f, LayerLoad& x) {
   return f(caf::meta::type_name("LayerLoad"), x.layer, x.counts);
 }
 template <class Inspector>
+typename Inspector::result_type inspect(Inspector& f, NotFinite& x) {
+  return f(caf::meta::type_name("NotFinite"), x.micro_batch, x.layer, x.rank);
+}
+template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, StageReport& x) {
   return f(caf::meta::type_name("StageReport"), x.step, x.rank, x.losses, x.balance, x.loads,
-           x.busy_s, x.program_s, x.wire_bytes);
+           x.not_finite, x.busy_s, x.program_s, x.wire_bytes);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, RunWeights& x) {
