@@ -40,15 +40,6 @@ template <class T>
       });
 }
 
-template <class T>
-[[nodiscard]] T log_sum_exp(std::span<const T> x) {
-  const T max = *std::max_element(x.begin(), x.end());
-  T sum = 0;
-  for (const T value : x)
-    sum += exp(value - max);
-  return max + log(sum);
-}
-
 // What one query adds to the gradients of its head; dq is finished by it.
 template <class T>
 void query_backward(const AttentionShape& s, T tau, const AttentionInputs<const T>& in, int64_t t,
@@ -81,7 +72,8 @@ void query_backward(const AttentionShape& s, T tau, const AttentionInputs<const 
 
 } // namespace attention_detail
 
-// out: [rows, heads · d_v]; lse: [rows, heads], of the scores times tau.
+// out: [rows, heads · d_v]; lse: [rows, heads], of the scores times tau: max + log(sum) of the
+// online softmax.
 template <class T>
 void attention_forward(const AttentionShape& s, T tau, const AttentionInputs<const T>& in,
                        Grid<T> out, Grid<T> lse) {
@@ -92,12 +84,12 @@ void attention_forward(const AttentionShape& s, T tau, const AttentionInputs<con
       scores.clear();
       for (int64_t j = first; j <= t; ++j)
         scores.push_back(tau * attention_detail::score(s, in, t, j, head));
-      attend<T>(
+      const auto sums = attend<T>(
           t - first + 1, s.key_block, T{1},
           [&](int64_t j) { return scores[static_cast<size_t>(j)]; },
           [&](int64_t j, int64_t i) { return in.v(first + j, head * s.d_v + i); },
           [](T p) { return p; }, std::span<T>(&out(t, head * s.d_v), static_cast<size_t>(s.d_v)));
-      lse(t, head) = attention_detail::log_sum_exp<T>(scores);
+      lse(t, head) = sums.max + log(sums.sum);
     }
 }
 

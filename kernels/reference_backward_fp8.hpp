@@ -1,6 +1,7 @@
 // The three products of a linear layer in the FP8 recipe of training (specification §5.5), with
 // exact E4M3 numerics: each block of 128 along the contraction is one chain of fused multiply-adds
-// in FP32 from +0 over ascending elements; acc = fma(scale_a · scale_b, block_sum, acc).
+// in FP32 from +0, in pairs like BF16 (kernels/reference_backward_bf16.hpp: codes are BF16 values,
+// and nothing is small enough to be flushed); acc = fma(scale_a · scale_b, block_sum, acc).
 //
 //   fprop  x 1×128 along k,        w 128×128
 //   dgrad  dy 1×128 along n,       w 128×128, the same codes
@@ -12,6 +13,7 @@
 
 #include "config/dtype.hpp"
 #include "kernels/reference_backward.hpp"
+#include "kernels/reference_backward_bf16.hpp"
 
 namespace troupe::reference {
 
@@ -97,9 +99,12 @@ template <class X>
 // scales(i) is the product of the scales of the block that i begins.
 template <class A, class B, class Scales>
 [[nodiscard]] float fp8_chain(float acc, int64_t n, A code_a, B code_b, Scales scales) {
-  for (int64_t first = 0; first < n; first += kFp8Block)
-    acc = std::fma(scales(first),
-                   chain<float>(first, std::min(n, first + kFp8Block), code_a, code_b), acc);
+  for (int64_t first = 0; first < n; first += kFp8Block) {
+    const float sum = bf16_chain(
+        0.0f, std::min(n - first, kFp8Block), [&](int64_t i) { return code_a(first + i); },
+        [&](int64_t i) { return code_b(first + i); });
+    acc = std::fma(scales(first), sum, acc);
+  }
   return acc;
 }
 
@@ -112,12 +117,14 @@ inline void fp8_fprop(int64_t rows, int64_t n, int64_t k, const Fp8Matrix& x, co
           [&](int64_t c) { return x.scale(r, c) * w.scale(i, c); });
 }
 
+// Goes on from dx.
 inline void fp8_dgrad(int64_t rows, int64_t n, int64_t k, const Fp8Matrix& dy, const Fp8Matrix& w,
                       Grid<float> dx) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < k; ++c)
       dx(r, c) = fp8_chain(
-          0, n, [&](int64_t i) { return dy.code(r, i); }, [&](int64_t i) { return w.code(i, c); },
+          dx(r, c), n, [&](int64_t i) { return dy.code(r, i); },
+          [&](int64_t i) { return w.code(i, c); },
           [&](int64_t i) { return dy.scale(r, i) * w.scale(i, c); });
 }
 

@@ -86,11 +86,17 @@ template <class T>
 
 // ---- attention --------------------------------------------------------------------------------
 
+// The largest score of a softmax (times tau), and Σ exp(score - max).
+template <class T>
+struct SoftmaxSums {
+  T max, sum;
+};
+
 // One query's softmax over keys 0 … num_keys - 1, online in blocks of `block` keys: score(j) is
 // q·k_j, value(j, i) element i of its value; `round` rounds a weight before it meets the values.
 template <class T, class Score, class Value, class Round>
-void attend(int64_t num_keys, int64_t block, T tau, Score score, Value value, Round round,
-            std::span<T> out) {
+SoftmaxSums<T> attend(int64_t num_keys, int64_t block, T tau, Score score, Value value, Round round,
+                      std::span<T> out) {
   std::fill(out.begin(), out.end(), T{0});
   std::vector<T> p(static_cast<size_t>(block));
   T max = kMinusInf<T>, sum = 0;
@@ -119,6 +125,7 @@ void attend(int64_t num_keys, int64_t block, T tau, Score score, Value value, Ro
   const T inverse = T{1} / sum;
   for (T& o : out)
     o *= inverse;
+  return {max, sum};
 }
 
 // ---- gate (§3.2) ------------------------------------------------------------------------------

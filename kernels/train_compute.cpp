@@ -166,7 +166,8 @@ void TrainCompute::run(const WeightWork& work, float* arena, Workers& workers) {
       task.out = out;
       task.out_stride = w.k;
       task.accumulate = true;
-      task.power_of_two = w.power_of_two;
+      task.power_of_two = w.dy_power_of_two;
+      task.b_power_of_two = w.x_power_of_two;
       tasks.push_back(task);
     }
     ops_.wgrad(work[begin].precision, tasks, scratch_, workers);
@@ -418,11 +419,12 @@ Floats TrainCompute::ffn_backward(std::span<const FfnGroup> groups, int64_t rows
   }
   for (const auto& g : groups) {
     const auto add_product = [&](const TrainLinear& w, const Floats& d, const Floats& x) {
-      auto p = product(w, g.rows, d, x);
+      auto& p = work.emplace_back(product(w, g.rows, d, x));
       p.dy_at = g.row_begin * w.n;
       p.x_at = g.row_begin * w.k;
-      p.power_of_two = dispatched;
-      work.push_back(std::move(p));
+      // What was dispatched: the gradient that enters down, the rows that entered gate and up.
+      p.dy_power_of_two = dispatched && &w == &g.weights->down;
+      p.x_power_of_two = dispatched && &w != &g.weights->down;
     };
     add_product(g.weights->down, dy, s.z);
     add_product(g.weights->gate, da, s.u);

@@ -46,8 +46,8 @@ struct WeightProduct {
   Floats dy, x;
   int64_t dy_at = 0, dy_stride = 0; // dy.get() + dy_at is element (0, 0)
   int64_t x_at = 0, x_stride = 0;
-  int64_t gradient = -1; // where in the arena
-  bool power_of_two = false;
+  int64_t gradient = -1;                                // where in the arena
+  bool dy_power_of_two = false, x_power_of_two = false; // fp8: what was dispatched
 };
 using WeightWork = std::vector<WeightProduct>;
 

@@ -9,12 +9,12 @@
 //   precision  operands of linear layers          sums
 //   f32        as they are                        one chain of FMAs over the contraction
 //   bf16       rounded to BF16                    pairs along the contraction, see BF16 below
-//   fp8        E4M3, §5.5: rows 1×128 (wgrad      per block of 128 a chain from +0, then
+//   fp8        E4M3, §5.5: rows 1×128 (wgrad      per block of 128 pairs from +0, then
 //              128×1), weights 128×128            acc = fma(scale·scale, block, acc)
 //
-// BF16: acc = fma(a₁, b₁, fma(a₀, b₀, acc)) for the pair (2i, 2i+1) of the contraction counted from
-// 0: ascending order, so the bits of one chain; a missing partner is zero. A backend that uses
-// vdpbf16ps rounds in its own way and says so by its name (`simd_bf16`).
+// BF16: acc = fma(a₀, b₀, fma(a₁, b₁, acc)) for the pair (2i, 2i+1) of the contraction counted from
+// 0, without denormals: vdpbf16ps to the bit, see kernels/reference_backward_bf16.hpp. A missing
+// partner is zero. FP8 blocks are such chains too.
 //
 // Order. Everything is a function of one row, but for gradients of weights, which go on from what
 // they find in ascending rows: the cut of rows into calls, threads and other rows change no bit.
@@ -66,9 +66,10 @@ struct LinearTask {
   const std::byte* weight = nullptr; // prepared; fprop and dgrad
   float* out = nullptr;
   int64_t out_stride = 0;
-  bool accumulate = false;   // dgrad: go on from out; wgrad always does
-  bool round = false;        // the finished sum to BF16; never of wgrad
-  bool power_of_two = false; // fp8: scales of the rows (dispatched ones, §5.5)
+  bool accumulate = false; // dgrad: go on from out; wgrad always does
+  bool round = false;      // the finished sum to BF16; never of wgrad
+  // fp8: scales of the rows of a, and of b, are powers of two (dispatched ones, §5.5)
+  bool power_of_two = false, b_power_of_two = false;
 };
 
 // y = w ⊙ x·r.

@@ -3,6 +3,7 @@
 
 #include "config/dtype.hpp"
 #include "kernels/reference_backward_attention.hpp"
+#include "kernels/reference_backward_bf16.hpp"
 #include "kernels/reference_backward_fp8.hpp"
 
 #include <cstring>
@@ -39,7 +40,7 @@ void prepare_weight(TrainPrecision precision, int64_t n, int64_t k, const float*
   }
   auto* values = reinterpret_cast<float*>(out);
   for (int64_t i = 0; i < n * k; ++i)
-    values[i] = maybe_bf16(master[i], precision == TrainPrecision::bf16);
+    values[i] = precision == TrainPrecision::bf16 ? ref::bf16_operand(master[i]) : master[i];
 }
 
 ref::Fp8Matrix fp8_weight(const LinearTask& t) {
@@ -52,11 +53,22 @@ ref::Fp8Matrix fp8_weight(const LinearTask& t) {
   return w;
 }
 
-ref::Fp8Scale scale_kind(const LinearTask& t) {
-  return t.power_of_two ? ref::Fp8Scale::power_of_two : ref::Fp8Scale::exact;
+ref::Fp8Scale scale_kind(bool power_of_two) {
+  return power_of_two ? ref::Fp8Scale::power_of_two : ref::Fp8Scale::exact;
 }
 
-// put(row, column, sum) for every element of a task's result.
+// acc + Σ a(i)·b(i), i < n, of F32 or BF16 operands.
+template <class A, class B>
+float product(TrainPrecision precision, float acc, int64_t n, A a, B b) {
+  if (precision == TrainPrecision::bf16)
+    return ref::bf16_chain(
+        acc, n, [&](int64_t i) { return ref::bf16_operand(a(i)); },
+        [&](int64_t i) { return ref::bf16_operand(b(i)); });
+  for (int64_t i = 0; i < n; ++i)
+    acc = std::fma(a(i), b(i), acc);
+  return acc;
+}
+
 template <class Task>
 void for_tasks(std::span<const LinearTask> tasks, Workers& workers, Task task) {
   workers.parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end, int) {
@@ -78,13 +90,15 @@ void fprop(TrainPrecision precision, std::span<const LinearTask> tasks, TrainScr
     const Grid<const float> x{t.a, t.a_stride};
     const Grid<float> y{sums.data(), t.n};
     if (precision == TrainPrecision::fp8) {
-      const auto q = ref::quantize_activations(t.rows, t.k, x, scale_kind(t));
+      const auto q = ref::quantize_activations(t.rows, t.k, x, scale_kind(t.power_of_two));
       ref::fp8_fprop(t.rows, t.n, t.k, q, fp8_weight(t), y);
     } else {
-      const bool round = precision == TrainPrecision::bf16;
-      ref::linear_fprop(
-          t.rows, t.n, t.k, [&](int64_t r, int64_t c) { return maybe_bf16(x(r, c), round); },
-          Grid<const float>{reinterpret_cast<const float*>(t.weight), t.k}, y);
+      const Grid<const float> w{reinterpret_cast<const float*>(t.weight), t.k};
+      for (int64_t r = 0; r < t.rows; ++r)
+        for (int64_t i = 0; i < t.n; ++i)
+          y(r, i) = product(
+              precision, 0.0f, t.k, [&](int64_t c) { return x(r, c); },
+              [&](int64_t c) { return w(i, c); });
     }
     finish(t, t.n, sums);
   });
@@ -96,28 +110,19 @@ void dgrad(TrainPrecision precision, std::span<const LinearTask> tasks, TrainScr
     std::vector<float> sums(static_cast<size_t>(t.rows * t.k));
     const Grid<const float> dy{t.a, t.a_stride};
     const Grid<float> dx{sums.data(), t.k};
-    const auto found = [&](int64_t r, int64_t c) {
-      return t.accumulate ? t.out[r * t.out_stride + c] : 0.0f;
-    };
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t c = 0; c < t.k; ++c)
+        dx(r, c) = t.accumulate ? t.out[r * t.out_stride + c] : 0.0f;
     if (precision == TrainPrecision::fp8) {
-      const auto q = ref::quantize_activations(t.rows, t.n, dy, scale_kind(t));
-      const auto w = fp8_weight(t);
+      const auto q = ref::quantize_activations(t.rows, t.n, dy, scale_kind(t.power_of_two));
+      ref::fp8_dgrad(t.rows, t.n, t.k, q, fp8_weight(t), dx);
+    } else {
+      const Grid<const float> w{reinterpret_cast<const float*>(t.weight), t.k};
       for (int64_t r = 0; r < t.rows; ++r)
         for (int64_t c = 0; c < t.k; ++c)
-          dx(r, c) = ref::fp8_chain(
-              found(r, c), t.n, [&](int64_t i) { return q.code(r, i); },
-              [&](int64_t i) { return w.code(i, c); },
-              [&](int64_t i) { return q.scale(r, i) * w.scale(i, c); });
-    } else {
-      const bool round = precision == TrainPrecision::bf16;
-      const auto* w = reinterpret_cast<const float*>(t.weight);
-      for (int64_t r = 0; r < t.rows; ++r)
-        for (int64_t c = 0; c < t.k; ++c) {
-          float sum = found(r, c);
-          for (int64_t i = 0; i < t.n; ++i)
-            sum = std::fma(maybe_bf16(dy(r, i), round), w[i * t.k + c], sum);
-          dx(r, c) = sum;
-        }
+          dx(r, c) = product(
+              precision, dx(r, c), t.n, [&](int64_t i) { return dy(r, i); },
+              [&](int64_t i) { return w(i, c); });
     }
     finish(t, t.k, sums);
   });
@@ -130,16 +135,17 @@ void wgrad(TrainPrecision precision, std::span<const LinearTask> tasks, TrainScr
     const Grid<float> dw{t.out, t.out_stride};
     if (precision == TrainPrecision::fp8) {
       // What is kept between the passes are 1×128 codes; they are quantized again along tokens.
-      const auto kept_dy = ref::quantize_activations(t.rows, t.n, dy, scale_kind(t));
-      const auto kept_x = ref::quantize_activations(t.rows, t.k, x, scale_kind(t));
+      const auto kept_dy = ref::quantize_activations(t.rows, t.n, dy, scale_kind(t.power_of_two));
+      const auto kept_x = ref::quantize_activations(t.rows, t.k, x, scale_kind(t.b_power_of_two));
       ref::fp8_wgrad(t.rows, t.n, t.k, ref::quantize_along_tokens(t.rows, t.n, kept_dy),
                      ref::quantize_along_tokens(t.rows, t.k, kept_x), dw);
-    } else {
-      const bool round = precision == TrainPrecision::bf16;
-      ref::linear_wgrad(
-          t.rows, t.n, t.k, [&](int64_t r, int64_t c) { return maybe_bf16(dy(r, c), round); },
-          [&](int64_t r, int64_t c) { return maybe_bf16(x(r, c), round); }, dw);
+      return;
     }
+    for (int64_t i = 0; i < t.n; ++i)
+      for (int64_t c = 0; c < t.k; ++c)
+        dw(i, c) = product(
+            precision, dw(i, c), t.rows, [&](int64_t r) { return dy(r, i); },
+            [&](int64_t r) { return x(r, c); });
   });
 }
 
