@@ -48,7 +48,8 @@ bool rounds_like_the_reference() {
     const uint32_t b = std::bit_cast<uint32_t>(b1) | std::bit_cast<uint32_t>(b0) >> 16;
     const float pair[2][2] = {{a0, a1}, {b0, b1}};
     const float wanted = reference::bf16_chain(
-        acc, 2, [&](int64_t i) { return pair[0][i]; }, [&](int64_t i) { return pair[1][i]; });
+        acc, 2, [&](int64_t i) { return reference::bf16_operand(pair[0][i]); },
+        [&](int64_t i) { return reference::bf16_operand(pair[1][i]); });
     if (std::bit_cast<uint32_t>(train_avx512_bf16::dot_product(acc, a, b)) !=
         std::bit_cast<uint32_t>(wanted))
       return false;

@@ -532,6 +532,16 @@ TEST_CASE("an AdamW step has the reference's bits with moments in F32 and BF16")
     }
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+TEST_CASE("a CPU with the instructions has the table") {
+  CHECK((avx2_train_ops() != nullptr) ==
+        (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")));
+  CHECK((avx512_train_ops() != nullptr) == bool(__builtin_cpu_supports("avx512dq")));
+  // Also a statement about the CPU: its vdpbf16ps rounds as the reference does.
+  CHECK((avx512_bf16_train_ops() != nullptr) == bool(__builtin_cpu_supports("avx512bf16")));
+}
+#endif
+
 TEST_CASE("there is a table of every name, and none of another") {
   CHECK(find_train_ops("reference") == &reference_train_ops());
   CHECK(find_train_ops("simd") == &simd_train_ops());
