@@ -16,6 +16,7 @@ void add_inspect(CLI::App& app, int& code);
 void add_init(CLI::App& app, int& code);
 void add_launch(CLI::App& app, int& code);
 void add_data(CLI::App& app, int& code);
+void add_train(CLI::App& app, int& code);
 void add_plan(CLI::App& app, int& code);
 void add_plot(CLI::App& app, int& code);
 

@@ -17,6 +17,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -81,8 +83,38 @@ caf::error check_cache_fits(const SessionOptions& o, const ModelConfig& config, 
                                 local_ranks, bytes_text(available)));
 }
 
+std::atomic<bool> interrupt_wanted = false;
+
+// Until the second signal, which ends the process.
+void end_gently() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { interrupt_wanted = true; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  for (const int s : {SIGINT, SIGTERM})
+    sigaction(s, &action, nullptr);
+}
+
+caf::error resolve_training(SessionOptions& o) {
+  auto setup = load_train_setup(*o.cluster.train);
+  if (!setup)
+    return setup.error();
+  o.training = *setup;
+  if (auto plan = plan_of(o.training->config, o.training->model); !plan)
+    return plan.error();
+  o.cluster.shape.num_ranks = o.cluster.train->num_ranks();
+  if (o.cluster.local_ranks == 0)
+    o.cluster.local_ranks = o.cluster.shape.num_ranks;
+  if (o.cluster.num_threads == 0) {
+    const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    o.cluster.num_threads = std::max(1, cores / o.cluster.local_ranks);
+  }
+  return {};
+}
+
 // Everything that can be wrong is found here, once, before any process starts.
 caf::error resolve(SessionOptions& o) {
+  if (o.cluster.train)
+    return resolve_training(o);
   if (o.ranks < 0)
     return make_error(Errc::invalid_argument,
                       fmt::format("ranks: {} given, at least 1 expected", o.ranks));
@@ -191,7 +223,9 @@ int client_main(AgentChannel& agent, const std::string& token, const TlsFiles& t
   const auto loading = std::make_shared<LoadingLine>();
   std::thread{[&agent, loading] {
     while (const auto line = agent.hear())
-      if (line->starts_with("loading "))
+      if (*line == "interrupt")
+        interrupt_wanted = true;
+      else if (line->starts_with("loading "))
         loading->show(std::strtoll(line->c_str() + 8, nullptr, 10));
     _exit(1);
   }}.detach();
@@ -242,6 +276,7 @@ int run_launched(const LauncherTask& task, SessionOptions o,
   process.control_host = endpoint->host;
   process.control_port = endpoint->port;
   AgentOptions agent;
+  agent.client_ends_run = o.training != nullptr;
   agent.ranks = {RankId{task.rank}};
   agent.seed = *seed;
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
@@ -411,6 +446,24 @@ static int in_process(InProcessCluster& cluster, const std::function<int(Cluster
   return code;
 }
 
+// What ranks of this process did when, a file each, as rank processes write them.
+static int write_traces(InProcessCluster& cluster, const std::string& prefix) {
+  if (prefix.empty())
+    return 0;
+  for (size_t r = 0; r < cluster.num_ranks(); ++r) {
+    auto& rank = cluster.host(r).rank();
+    const auto path = fmt::format("{}.{}.json", prefix, r);
+    std::ofstream file{path};
+    file << to_chrome_trace(rank.context().self, rank.trace().spans());
+    file.close();
+    if (!file)
+      return complain(path + ": can't be written");
+  }
+  return 0;
+}
+
+bool interrupted() { return interrupt_wanted; }
+
 int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& body) {
   if (!o.attach.empty())
     return run_attached(o, body);
@@ -430,15 +483,21 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
                                 o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
   o.cluster.cluster_token = random_token();
   if (o.fabric == "loopback") {
-    auto cluster = InProcessCluster::start(o.cluster);
+    if (o.training)
+      end_gently();
+    o.cluster.trace = !o.trace.empty();
+    auto cluster = o.training ? InProcessCluster::start_training(o.cluster, o.training)
+                              : InProcessCluster::start(o.cluster);
     if (!cluster)
       return complain(cluster.error());
-    return in_process(**cluster, body);
+    const int code = in_process(**cluster, body);
+    return code == 0 ? write_traces(**cluster, o.trace) : code;
   }
   if (task)
     return run_launched(*task, o, body);
   const auto process = process_options(o);
   AgentOptions agent;
+  agent.client_ends_run = o.training != nullptr;
   for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
     agent.ranks.push_back(RankId{r});
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };

@@ -8,6 +8,7 @@
 #include "config/cluster_spec.hpp"
 
 #include <functional>
+#include <memory>
 #include <string>
 
 namespace CLI {
@@ -29,6 +30,8 @@ struct SessionOptions {
   std::string trace;
   int32_t join_timeout_s = 60;
   int64_t context = 0; // positions the command needs; for the default of kv_tokens
+  // With cluster.train: read by with_cluster.
+  std::shared_ptr<const TrainSetup> training;
 };
 
 // Adds the options that every command with a cluster shares.
@@ -42,6 +45,10 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 // goes to stdout, stderr and files.
 [[nodiscard]] int with_cluster(SessionOptions options,
                                const std::function<int(ClusterClient&)>& body);
+
+// Whether the user has asked for the end (a first SIGINT or SIGTERM): long work then comes to a
+// good end. Only where cluster.train is set; elsewhere signals end the run at once.
+[[nodiscard]] bool interrupted();
 
 // What a cluster file says about TLS, and whether its files serve; errors name `file` and field.
 [[nodiscard]] TlsFiles tls_of(const ControlSpec& control);
