@@ -12,6 +12,29 @@
 #include <new>
 #include <string>
 
+namespace {
+
+// Whether the first words name no command, which is told; the parser would only miss one.
+bool is_unknown_command(const CLI::App& app, int argc, char** argv) {
+  const auto has_name = [](const CLI::App* c) { return !c->get_name().empty(); }; // no option group
+  std::string parent = "troupe";
+  const CLI::App* at = &app;
+  for (int i = 1; i < argc && argv[i][0] != '-' && !at->get_subcommands(has_name).empty(); ++i) {
+    const auto named =
+        at->get_subcommands([&](const CLI::App* c) { return c->get_name() == argv[i]; });
+    if (named.empty()) {
+      std::fprintf(stderr, "troupe: error: \"%s\" is no command; `%s --help` lists them\n", argv[i],
+                   parent.c_str());
+      return true;
+    }
+    at = named.front();
+    parent.append(" ").append(argv[i]);
+  }
+  return false;
+}
+
+} // namespace
+
 int main(int argc, char** argv) {
   CLI::App app{"Runs DeepSeek-V3-class models on a cluster of actors.\n"
                "`troupe COMMAND --help` tells about a command.",
@@ -29,12 +52,8 @@ int main(int argc, char** argv) {
   troupe::add_data(app, code);
   troupe::add_plan(app, code);
   troupe::add_plot(app, code);
-  if (argc > 1 && argv[1][0] != '-' &&
-      app.get_subcommands([&](const CLI::App* c) { return c->get_name() == argv[1]; }).empty()) {
-    std::fprintf(stderr, "troupe: error: \"%s\" is no command; `troupe --help` lists them\n",
-                 argv[1]);
+  if (is_unknown_command(app, argc, argv))
     return 2;
-  }
   std::signal(SIGPIPE, SIG_IGN); // a closed pipe is a failed write, which is told
   try {
     app.parse(argc, argv);

@@ -5,6 +5,7 @@
 #include "config/safetensors.hpp"
 
 #include <CLI/CLI.hpp>
+#include <boost/json.hpp>
 #include <fmt/format.h>
 
 #include <cmath>
@@ -97,7 +98,39 @@ caf::error check_costs(const TimelineOptions& o) {
   return {};
 }
 
-int draw_timeline(const TimelineOptions& o, const Output& out) {
+void print_text(const TimelineReport& r) {
+  fmt::print("step {}: {} on {} ranks, {} micro-batches", r.step, to_string(r.kind), r.pp,
+             r.chunks);
+  if (r.columns > 1)
+    fmt::print(", {} pipelines", r.columns);
+  fmt::print("\nreal   {:>10.2f} ms, {:.1f} % idle, at most {:.2f} ms on a rank\n", r.total,
+             r.total > 0 ? 100 * r.idle / r.total : 0.0, r.most_idle);
+  fmt::print("ideal  {:>10.2f} ms, by the formula {:.2f} ms idle\n", r.ideal_total, r.formula);
+  fmt::print("idle beyond the formula: {:.1f} % of the step\n", 100 * r.excess());
+}
+
+void print_json(const TimelineReport& r) {
+  const boost::json::object json{{"step", r.step},
+                                 {"schedule", to_string(r.kind)},
+                                 {"pp", r.pp},
+                                 {"pipelines", r.columns},
+                                 {"chunks", r.chunks},
+                                 {"total_ms", r.total},
+                                 {"idle_ms", r.idle},
+                                 {"most_idle_ms", r.most_idle},
+                                 {"ideal_total_ms", r.ideal_total},
+                                 {"formula_ms", r.formula},
+                                 {"excess", r.excess()},
+                                 {"costs_ms",
+                                  {{"f", r.costs.forward},
+                                   {"b", r.costs.backward},
+                                   {"b_input", r.costs.backward_input},
+                                   {"w", r.costs.weight},
+                                   {"fb", r.costs.overlapped}}}};
+  fmt::print("{}\n", boost::json::serialize(json));
+}
+
+int draw_timeline(const TimelineOptions& o, const Output& out, bool json) {
   if (auto error = check_costs(o))
     return wrong_usage(error);
   if (auto error = check_output(out))
@@ -105,9 +138,13 @@ int draw_timeline(const TimelineOptions& o, const Output& out) {
   const auto plot = plot_timeline(o);
   if (!plot)
     return complain(plot.error());
+  if (json && out.path.empty()) { // the picture has no place
+    print_json(plot->report);
+    return 0;
+  }
   const int code = write_picture(out, plot->svg);
   if (code == 0 && !out.path.empty())
-    fmt::print("{}", plot->summary);
+    json ? print_json(plot->report) : print_text(plot->report);
   return code;
 }
 
@@ -115,6 +152,7 @@ void add_timeline(CLI::App* plot, int& code) {
   struct Options {
     TimelineOptions timeline;
     Output out;
+    bool json = false;
   };
   auto o = std::make_shared<Options>();
   auto& t = o->timeline;
@@ -131,9 +169,11 @@ void add_timeline(CLI::App* plot, int& code) {
   command->add_option("--cost-w", t.weight, "Ideal weight work, ms (default: the median)");
   command->add_option("--cost-fb", t.overlapped, "Ideal overlapped pair, ms (default: the median)");
   add_output(command, o->out);
+  command->add_flag("--json", o->json,
+                    "Print the step's times as one JSON object, in place of the summary");
   command->callback([o, &code] {
     o->timeline.title = o->out.title;
-    code = draw_timeline(o->timeline, o->out);
+    code = draw_timeline(o->timeline, o->out, o->json);
   });
 }
 

@@ -53,7 +53,7 @@ double stood_still(const RankTrace& trace, const TimeSpan& window) {
 struct RealStep {
   GanttChart chart;
   std::array<std::vector<double>, kNumKinds> costs; // of ops, by kind
-  double mean_idle = 0, most_idle = 0;
+  double idle = 0, most_idle = 0;                   // of a rank: the mean and the largest
 };
 
 TimeSpan extent(const TracedStep& step) {
@@ -112,7 +112,7 @@ RealStep real_step(const TracedStep& step, const Traces& traces) {
     const auto r = static_cast<int32_t>(rank);
     auto row = real_row(step, r, traces.at(r), begin, real);
     row.idle = std::max(row.idle + real.chart.total, 0.0);
-    real.mean_idle += row.idle / static_cast<double>(step.programs.size());
+    real.idle += row.idle / static_cast<double>(step.programs.size());
     real.most_idle = std::max(real.most_idle, row.idle);
     real.chart.rows.push_back(std::move(row));
   }
@@ -178,19 +178,21 @@ std::vector<std::string> files_of(const std::vector<std::string>& given) {
   return files;
 }
 
-std::string summary_of(const TracedStep& step, const RealStep& real, const GanttChart& ideal,
-                       const OpCosts& costs) {
-  const double total = real.chart.total, formula = bubble_formula(step.kind, step.pp, costs);
-  std::string text = fmt::format("step {}: {} on {} ranks, {} micro-batches", step.step,
-                                 to_string(step.kind), step.pp, step.chunks);
-  if (step.columns > 1)
-    text += fmt::format(", {} pipelines", step.columns);
-  text += fmt::format("\nreal   {:>10.2f} ms, idle {:.1f} % (at most {:.2f} ms on a rank)", total,
-                      total > 0 ? 100 * real.mean_idle / total : 0.0, real.most_idle);
-  text += fmt::format("\nideal  {:>10.2f} ms, by the formula {:.2f} ms idle", ideal.total, formula);
-  text += fmt::format("\nidle beyond the formula: {:.1f} % of the step\n",
-                      total > 0 ? 100 * (real.mean_idle - formula) / total : 0.0);
-  return text;
+TimelineReport report_of(const TracedStep& step, const RealStep& real, const GanttChart& ideal,
+                         const OpCosts& costs) {
+  TimelineReport report;
+  report.step = step.step;
+  report.kind = step.kind;
+  report.pp = step.pp;
+  report.columns = step.columns;
+  report.chunks = step.chunks;
+  report.total = real.chart.total;
+  report.idle = real.idle;
+  report.most_idle = real.most_idle;
+  report.ideal_total = ideal.total;
+  report.formula = bubble_formula(step.kind, step.pp, costs);
+  report.costs = costs;
+  return report;
 }
 
 } // namespace
@@ -219,16 +221,15 @@ caf::expected<TimelinePlot> plot_timeline(const TimelineOptions& o) {
   auto ideal = ideal_chart(*step, costs);
   const double total = real.chart.total;
   real.chart.title = fmt::format("As it ran: {:.1f} ms, idle {:.1f} %", total,
-                                 total > 0 ? 100 * real.mean_idle / total : 0.0);
+                                 total > 0 ? 100 * real.idle / total : 0.0);
   real.chart.note = traces.begin()->second.computing.empty()
                         ? "boxes hold their waits"
                         : "faint: the rank waited within an op";
-  auto summary = summary_of(*step, real, ideal, costs);
+  const auto report = report_of(*step, real, ideal, costs);
   const auto title = fmt::format("Step {}: {} on {} ranks, {} micro-batches", step->step,
                                  to_string(step->kind), step->pp, step->chunks);
   const GanttStyle style{o.title.empty() ? title : o.title, step->kind, "ms"};
-  return TimelinePlot{draw_gantt(style, {std::move(real.chart), std::move(ideal)}),
-                      std::move(summary)};
+  return TimelinePlot{draw_gantt(style, {std::move(real.chart), std::move(ideal)}), report};
 }
 
 } // namespace troupe

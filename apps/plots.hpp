@@ -29,9 +29,22 @@ struct TimelineOptions {
   std::optional<double> forward, backward, weight, overlapped;
   std::string title;
 };
+// Times in milliseconds.
+struct TimelineReport {
+  int64_t step = 0;
+  ScheduleKind kind = ScheduleKind::dualpipe;
+  int32_t pp = 0, columns = 0, chunks = 0; // pipelines of pp ranks with chunks micro-batches each
+  double total = 0;                        // of the real step
+  double idle = 0, most_idle = 0;          // of a rank: the mean and the largest
+  double ideal_total = 0, formula = 0;     // idle time of a rank by the formula
+  OpCosts costs;                           // of the ideal timeline
+
+  // Idle time that the schedule does not explain, as a share of the step.
+  [[nodiscard]] double excess() const { return total > 0 ? (idle - formula) / total : 0; }
+};
 struct TimelinePlot {
   std::string svg;
-  std::string summary; // a few lines for a person
+  TimelineReport report;
 };
 // A training step as it really ran beside the ideal one.
 [[nodiscard]] caf::expected<TimelinePlot> plot_timeline(const TimelineOptions& options);

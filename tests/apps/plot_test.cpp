@@ -247,10 +247,17 @@ TEST_CASE("a timeline tells the real times and the ideal ones apart") {
     return run(more);
   };
   const auto measured = plot({});
-  check_says(measured, "real       260.00 ms, idle 7.7 % (at most 20.00 ms on a rank)");
+  check_says(measured, "real       260.00 ms, 7.7 % idle, at most 20.00 ms on a rank");
   check_says(measured, "ideal      260.00 ms, by the formula 20.00 ms idle");
   // Costs that are given replace the medians.
   check_says(plot({"--cost-fb", "20"}), "by the formula 10.00 ms idle");
+  const auto json =
+      boost::json::parse(run({"plot", "timeline", folder.path("trace"), "--json"}).out);
+  CHECK(json.at("total_ms").to_number<double>() == doctest::Approx(260));
+  CHECK(json.at("idle_ms").to_number<double>() == doctest::Approx(20));
+  CHECK(json.at("formula_ms").to_number<double>() == doctest::Approx(20));
+  CHECK(json.at("excess").to_number<double>() == doctest::Approx(0));
+  CHECK(json.at("costs_ms").at("fb").to_number<double>() == doctest::Approx(30));
   check_refusal(plot({"--cost-f", "-1"}), 2, "--cost-f: -1 given");
   check_refusal(plot({"--pp", "2"}), 1, "no schedule's programs");
 }
@@ -392,6 +399,7 @@ TEST_CASE("pictures that can't be written are a failure") {
   }
   check_refusal(run({"plot", "loss"}), 2, "LOG is required");
   check_refusal(run({"plot"}), 2, "subcommand");
+  check_refusal(run({"plot", "los"}), 2, "\"los\" is no command; `troupe plot --help` lists them");
 }
 
 } // namespace troupe::test
