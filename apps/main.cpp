@@ -50,6 +50,7 @@ int main(int argc, char** argv) {
   troupe::add_init(app, code);
   troupe::add_launch(app, code);
   troupe::add_data(app, code);
+  troupe::add_train(app, code);
   troupe::add_plan(app, code);
   troupe::add_plot(app, code);
   if (is_unknown_command(app, argc, argv))
