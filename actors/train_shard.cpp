@@ -95,6 +95,8 @@ caf::expected<WrittenShard> write_shard(const fs::path& folder, RankId rank, int
   WrittenShard written;
   if (source.layout->tensors().empty())
     return written;
+  if (auto error = make_folder(folder))
+    return error;
   const auto format = compute == ComputePrecision::f32 ? WeightFormat::f32 : WeightFormat::bf16;
   const auto file = shard_file_name(rank.value, num_ranks);
   const auto weights = weights_of(source, source.master, format, config, num_mtp_layers);

@@ -38,7 +38,7 @@ struct WrittenShard {
   std::vector<std::string> tensors; // in the weights file
   int64_t bytes = 0;                // of them
 };
-// Writes a rank's files into `folder`, which exists, and its subfolders. A rank that owns nothing
+// Writes a rank's files into `folder` and its subfolders, made where they are missing. A rank that owns nothing
 // writes none. Errors name the file.
 [[nodiscard]] caf::expected<WrittenShard>
 write_shard(const std::filesystem::path& folder, RankId rank, int32_t num_ranks,
