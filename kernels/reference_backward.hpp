@@ -125,20 +125,20 @@ void embedding_backward(int64_t rows, int64_t n, const int32_t* ids, Grid<const 
 inline constexpr int32_t kNoTarget = -1; // this row has no loss and no gradient
 
 // Returns Σ_rows lse - logits[target] in F64, rows in order (not yet divided); lse[r] is the
-// log-sum-exp of a row, summed over 16 lanes. Targets are kNoTarget or below vocab: the caller
-// checked.
+// log-sum-exp of a row: exponentials in T, their sum in F64 over 16 lanes. Targets are kNoTarget or
+// below vocab: the caller checked.
 template <class T>
 [[nodiscard]] double cross_entropy(int64_t rows, int64_t vocab, Grid<const T> logits,
                                    const int32_t* targets, T* lse) {
   double loss = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    double max = kMinusInf<double>;
+    T max = kMinusInf<T>;
     for (int64_t i = 0; i < vocab; ++i)
-      max = std::max(max, static_cast<double>(logits(row, i)));
+      max = std::max(max, logits(row, i));
     const double sum = lanes<double>(
-        vocab, [&](int64_t i) { return exp_f64(static_cast<double>(logits(row, i)) - max); },
+        vocab, [&](int64_t i) { return static_cast<double>(exp(logits(row, i) - max)); },
         [](int64_t) { return 1.0; });
-    const double whole = max + log_f64(sum);
+    const double whole = static_cast<double>(max) + log_f64(sum);
     lse[row] = static_cast<T>(whole);
     if (targets[row] != kNoTarget)
       loss += whole - static_cast<double>(logits(row, targets[row]));

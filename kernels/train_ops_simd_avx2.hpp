@@ -36,6 +36,33 @@ TROUPE_INLINE V swap_pairs(V a) {
 TROUPE_INLINE V even_twice(V a) { return {_mm256_moveldup_ps(a.lo), _mm256_moveldup_ps(a.hi)}; }
 TROUPE_INLINE V odd_twice(V a) { return {_mm256_movehdup_ps(a.lo), _mm256_movehdup_ps(a.hi)}; }
 
+// 16 sums in F64, added in halves at the end.
+class F64Lanes {
+public:
+  TROUPE_INLINE F64Lanes() {
+    for (auto& sum : sums_)
+      sum = _mm256_setzero_pd();
+  }
+  TROUPE_INLINE void add(V a) {
+    add(sums_[0], _mm256_castps256_ps128(a.lo));
+    add(sums_[1], _mm256_extractf128_ps(a.lo, 1));
+    add(sums_[2], _mm256_castps256_ps128(a.hi));
+    add(sums_[3], _mm256_extractf128_ps(a.hi, 1));
+  }
+  TROUPE_INLINE double reduce() const {
+    double lane[4];
+    _mm256_storeu_pd(
+        lane, _mm256_add_pd(_mm256_add_pd(sums_[0], sums_[2]), _mm256_add_pd(sums_[1], sums_[3])));
+    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+  }
+
+private:
+  static TROUPE_INLINE void add(__m256d& sum, __m128 part) {
+    sum = _mm256_add_pd(sum, _mm256_cvtps_pd(part));
+  }
+  __m256d sums_[4];
+};
+
 // A quarter of a tile: four rows of 16 columns fill 8 of 16 registers, which hides the latency of
 // an fma.
 template <bool kAlong>

@@ -39,6 +39,28 @@ TROUPE_INLINE V swap_pairs(V a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 TROUPE_INLINE V even_twice(V a) { return {_mm512_moveldup_ps(a.v)}; }
 TROUPE_INLINE V odd_twice(V a) { return {_mm512_movehdup_ps(a.v)}; }
 
+// 16 sums in F64, added in halves at the end.
+class F64Lanes {
+public:
+  TROUPE_INLINE F64Lanes() : low_(_mm512_setzero_pd()), high_(_mm512_setzero_pd()) {}
+  TROUPE_INLINE void add(V a) {
+    const __m256 upper = _mm512_extractf32x8_ps(a.v, 1);
+    low_ = _mm512_add_pd(low_, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high_ = _mm512_add_pd(high_, _mm512_cvtps_pd(upper));
+  }
+  TROUPE_INLINE double reduce() const {
+    double lane[8];
+    _mm512_storeu_pd(lane, _mm512_add_pd(low_, high_));
+    for (int half = 4; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l)
+        lane[l] += lane[l + half];
+    return lane[0];
+  }
+
+private:
+  __m512d low_, high_;
+};
+
 #if TROUPE_SIMD_DOT
 // 32 elements of one row as 16 words of BF16 pairs.
 TROUPE_INLINE void store_pairs_along(uint32_t* out, V first, V second) {

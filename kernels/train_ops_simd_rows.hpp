@@ -179,27 +179,17 @@ inline void rope(const RopeArgs& args, bool inverse, bool round, Workers& worker
 // ---- loss
 // -----------------------------------------------------------------------------------------
 
-// max + log Σ exp(x - max) in F64. The inner loop over 16 lanes is left to the compiler.
+// max + log Σ exp(x - max), exponentials in F32, their sum in F64.
 inline double log_sum_exp(int64_t n, const float* x) {
-  V top = set1(-std::numeric_limits<float>::infinity());
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    top = max(load(x + i), top);
-  float largest = max_lane(top);
-  for (; i < n; ++i)
-    largest = largest < x[i] ? x[i] : largest;
-  const auto max = static_cast<double>(largest);
-  double lane[16] = {};
-  i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t l = 0; l < 16; ++l)
-      lane[l] += exp_f64(static_cast<double>(x[i + l]) - max);
-  for (int64_t l = 0; i + l < n; ++l)
-    lane[l] += exp_f64(static_cast<double>(x[i + l]) - max);
-  for (int64_t h = 8; h > 0; h /= 2)
-    for (int64_t l = 0; l < h; ++l)
-      lane[l] += lane[l + h];
-  return max + log_f64(lane[0]);
+  const V minus_inf = set1(-std::numeric_limits<float>::infinity());
+  V top = minus_inf;
+  for (int64_t i = 0; i < n; i += 16)
+    top = max(first_lanes(n - i, load_some(x + i, n - i), minus_inf), top);
+  const float largest = max_lane(top);
+  F64Lanes sum;
+  for (int64_t i = 0; i < n; i += 16)
+    sum.add(first_lanes(n - i, exp(load_some(x + i, n - i) - set1(largest)), zero()));
+  return static_cast<double>(largest) + log_f64(sum.reduce());
 }
 
 inline void cross_entropy(int64_t rows, int64_t vocab, const int32_t* targets, float weight,

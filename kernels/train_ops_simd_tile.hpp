@@ -57,46 +57,52 @@ inline void pack_along(int64_t rows, int64_t n, const float* x, int64_t stride, 
   }
 }
 
-// put(step, words) for 16 columns of which `columns` are there, n rows.
+// put(step, column, words) for n rows and every 16 of their columns. Rows are read as they lie in
+// memory.
 template <Operand kOperand, class Put>
 TROUPE_INLINE void words_across(int64_t n, int64_t columns, const float* x, int64_t stride,
                                 Put put) {
   if constexpr (kOperand == Operand::f32) {
-    for (int64_t s = 0; s < n; ++s)
-      put(s, load_some(x + s * stride, columns));
+    for (int64_t s = 0; s < n; ++s, x += stride)
+      for (int64_t j = 0; j < columns; j += 16)
+        put(s, j, load_some(x + j, columns - j));
   } else {
-    for (int64_t s = 0; s < n; s += 2) {
-      const V even = load_some(x + s * stride, columns);
-      const V odd = s + 1 < n ? load_some(x + (s + 1) * stride, columns) : zero();
+    for (int64_t s = 0; s < n; s += 2, x += 2 * stride)
+      for (int64_t j = 0; j < columns; j += 16) {
+        const V even = load_some(x + j, columns - j);
+        const V odd = s + 1 < n ? load_some(x + stride + j, columns - j) : zero();
 #if TROUPE_SIMD_DOT
-      put(s / 2, pairs_across(even, odd));
+        put(s / 2, j, pairs_across(even, odd));
 #else
-      put(s, bf16_operand(odd));
-      put(s + 1, bf16_operand(even));
+        put(s, j, bf16_operand(odd));
+        put(s + 1, j, bf16_operand(even));
 #endif
-    }
+      }
   }
 }
 
-// Panels of a across n rows of x; `columns` is what is left of x.
+// Panels of a across n rows of x, up to a whole number of 16 columns.
 template <Operand kOperand>
 inline void pack_a_across(int64_t n, int64_t columns, const float* x, int64_t stride,
                           uint32_t* out) {
   const int64_t panel = steps_of(kOperand, n) * kTileRows;
-  for (int64_t j = 0; j < columns; j += 16, out += 2 * panel)
-    words_across<kOperand>(n, columns - j, x + j, stride, [&](int64_t s, V words) {
-      store_halves(out + s * kTileRows, out + panel + s * kTileRows, words);
-    });
+  words_across<kOperand>(n, columns, x, stride, [&](int64_t s, int64_t j, V words) {
+    uint32_t* to = out + j / kTileRows * panel + s * kTileRows;
+    store_halves(to, to + panel, words);
+  });
 }
-// Panels of b across n rows of x.
+// Panels of b across n rows of x; what is missing of the last one is zeros.
 template <Operand kOperand>
 inline void pack_b_across(int64_t n, int64_t columns, const float* x, int64_t stride, uint32_t* out,
                           int64_t panel_steps) {
-  for (int64_t j = 0; j < round_up(columns, kTileColumns); j += 16) {
-    uint32_t* to = out + j / kTileColumns * panel_steps * kTileColumns + j % kTileColumns;
-    words_across<kOperand>(n, columns - j, x + j, stride,
-                           [&](int64_t s, V words) { store_words(to + s * kTileColumns, words); });
-  }
+  const auto at = [&](int64_t s, int64_t j) {
+    return out + (j / kTileColumns * panel_steps + s) * kTileColumns + j % kTileColumns;
+  };
+  words_across<kOperand>(n, columns, x, stride,
+                         [&](int64_t s, int64_t j, V words) { store_words(at(s, j), words); });
+  const int64_t last = round_up(columns, 16);
+  for (int64_t s = 0; last % kTileColumns != 0 && s < steps_of(kOperand, n); ++s)
+    store_words(at(s, last), zero());
 }
 
 // out[j · out_stride + i] = in[i · 16 + j] for 16 × 16 words.
