@@ -63,25 +63,6 @@ fs::path tokenizer_folder(const TrainConfig& config) {
   return {};
 }
 
-// Shards hold ids; of which tokenizer, the one beside them tells.
-caf::error check_tokenizers(const TrainConfig& config) {
-  for (const char* name : {"tokenizer.json", "tiktoken.model"}) {
-    const auto of_model = config.model / name, of_data = config.data / name;
-    if (config.model.empty() || config.data.empty() || !fs::is_regular_file(of_model) ||
-        !fs::is_regular_file(of_data))
-      continue;
-    constexpr size_t kMost = size_t{256} << 20;
-    const auto a = read_text_file(of_model, kMost), b = read_text_file(of_data, kMost);
-    if (!a || !b)
-      return !a ? a.error() : b.error();
-    if (*a != *b)
-      return make_error(Errc::mismatch,
-                        fmt::format("{} was made with another tokenizer than the model's ({})",
-                                    config.data.string(), of_model.string()));
-  }
-  return {};
-}
-
 // Where weights come from.
 caf::error choose_source(TrainSetup& setup) {
   const auto& config = setup.config;
@@ -198,8 +179,6 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   setup->model = std::move(*model);
   if (auto error = adapt(config, setup->model))
     return error;
-  if (auto error = check_tokenizers(config))
-    return error;
   setup->tokenizer = tokenizer_folder(config);
   std::shared_ptr<const Tokenizer> tokenizer;
   if (!setup->tokenizer.empty()) {
@@ -212,9 +191,11 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   if (!data)
     return data.error();
   setup->data = *data;
+  if (const auto warning = setup->data->warning(); !warning.empty())
+    spdlog::warn("{}", warning);
   if (!config.held_out.empty()) {
     auto held_out = TrainData::open_held_out(config.held_out, setup->data->sequence_length(),
-                                             setup->model.vocab_size);
+                                             setup->model.vocab_size, tokenizer.get());
     if (!held_out)
       return held_out.error();
     setup->held_out = *held_out;

@@ -310,8 +310,10 @@ caf::error make_data(const DataOptions& o) {
   if (!encoder)
     return encoder.error();
   Written written;
-  written.description = {
-      {"vocab_size", (*tokenizer)->num_ids()}, {"fim_rate", o.fim_rate}, {"seed", o.seed}};
+  written.description = {{"vocab_size", (*tokenizer)->num_ids()},
+                         {"vocabulary", vocabulary_digest(**tokenizer)},
+                         {"fim_rate", o.fim_rate},
+                         {"seed", o.seed}};
   if (auto error = write_shards(o, documents, *encoder, written, progress))
     return error;
   progress.clear();

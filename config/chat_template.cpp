@@ -33,29 +33,36 @@ bool contains(std::string_view s, std::string_view part) {
   return s.find(part) != std::string_view::npos;
 }
 
-// Collects segments; neighbouring ordinary texts become one.
+// Collects segments; neighbouring ordinary texts of one voice become one.
 class Writer {
 public:
   Writer& token(std::string_view name) {
-    segments_.push_back({SegmentKind::token, std::string{name}});
+    segments_.push_back({SegmentKind::token, std::string{name}, answer_});
     return *this;
   }
   Writer& tag(std::string_view name) {
-    segments_.push_back({SegmentKind::token_or_text, std::string{name}});
+    segments_.push_back({SegmentKind::token_or_text, std::string{name}, answer_});
     return *this;
   }
   Writer& text(std::string_view s) {
     if (s.empty())
       return *this;
-    if (segments_.empty() || segments_.back().kind != SegmentKind::text)
-      segments_.push_back({SegmentKind::text, {}});
+    if (segments_.empty() || segments_.back().kind != SegmentKind::text ||
+        segments_.back().answer != answer_)
+      segments_.push_back({SegmentKind::text, {}, answer_});
     segments_.back().text += s;
+    return *this;
+  }
+  // From here on the assistant speaks, or no longer.
+  Writer& answer(bool speaks) {
+    answer_ = speaks;
     return *this;
   }
   std::vector<ChatSegment> take() { return std::move(segments_); }
 
 private:
   std::vector<ChatSegment> segments_;
+  bool answer_ = false;
 };
 
 std::string joined_system(const std::vector<ChatMessage>& messages) {
@@ -85,7 +92,7 @@ std::vector<ChatSegment> render_v2(const ChatFormat& format,
     if (m.role == ChatRole::user)
       out.text("User: ").text(m.content).text("\n\n");
     else if (m.role == ChatRole::assistant)
-      out.text("Assistant: ").text(m.content).token(format.eos);
+      out.text("Assistant: ").answer(true).text(m.content).token(format.eos).answer(false);
     else
       out.text(m.content).text("\n\n");
   }
@@ -134,10 +141,11 @@ std::vector<ChatSegment> render_v3(const ChatFormat& format,
       if (!after_outputs)
         out.token(kAssistant);
       const bool drop = format.drop_history_thinking && !after_outputs; // as published
+      out.answer(true);
       out.text(drop ? without_thinking(m.content, true) : std::string_view{m.content});
       if (!m.tool_calls.empty())
         write_fenced_calls(out, m.tool_calls);
-      out.token(format.eos);
+      out.token(format.eos).answer(false);
     }
   }
   const bool after_outputs = close_outputs();
@@ -165,6 +173,7 @@ std::vector<ChatSegment> render_v31(const ChatFormat& format,
       if (after_user)
         out.token(kAssistant).tag(kThinkEnd);
       const bool keep = after_tool || !m.tool_calls.empty();
+      out.answer(true);
       out.text(keep ? std::string_view{m.content} : without_thinking(m.content, false));
       if (!m.tool_calls.empty()) {
         out.token(kCallsBegin);
@@ -176,7 +185,7 @@ std::vector<ChatSegment> render_v31(const ChatFormat& format,
               .token(kCallEnd);
         out.token(kCallsEnd);
       }
-      out.token(format.eos);
+      out.token(format.eos).answer(false);
     } else {
       continue; // a system message stands at the front, and is no turn
     }
@@ -226,6 +235,7 @@ std::vector<ChatSegment> render_kimi(const ChatFormat& format,
          : m.role == ChatRole::assistant ? kKimiAssistant
                                          : kKimiSystem,
          name_of(m.role));
+    out.answer(m.role == ChatRole::assistant);
     if (m.role == ChatRole::assistant && format.history_thinking_tags)
       out.tag(kThink).text(i >= turn ? m.reasoning : "").tag(kThinkEnd);
     if (m.role == ChatRole::tool && format.tool_calls)
@@ -233,7 +243,7 @@ std::vector<ChatSegment> render_kimi(const ChatFormat& format,
     out.text(m.content);
     if (!m.tool_calls.empty())
       write_kimi_calls(out, m.tool_calls);
-    out.token(kEnd);
+    out.token(kEnd).answer(false);
   }
   if (options.add_generation_prompt)
     head(kKimiAssistant, "assistant");
@@ -394,42 +404,96 @@ std::string to_text(const std::vector<ChatSegment>& segments) {
   return text;
 }
 
-caf::expected<std::vector<int32_t>> encode_chat(const Tokenizer& tokenizer,
-                                                const ChatFormat& format,
-                                                const std::vector<ChatMessage>& messages,
-                                                const ChatOptions& options) {
-  const auto segments = render_chat(format, messages, options);
-  if (!segments)
-    return segments.error();
-  std::vector<int32_t> ids;
-  std::string ordinary; // not yet encoded
-  const auto flush = [&]() -> caf::error {
-    const auto part = tokenizer.encode(ordinary, false);
-    if (!part)
-      return part.error();
-    ids.insert(ids.end(), part->begin(), part->end());
-    ordinary.clear();
-    return {};
-  };
-  for (const auto& segment : *segments) {
+namespace {
+
+// Encodes segments one after the other: ordinary text in one go, and which of it is an answer is
+// found again by the lengths of the tokens.
+class SegmentEncoder {
+public:
+  explicit SegmentEncoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+  caf::error add(const ChatSegment& segment) {
     const auto id =
-        segment.kind == SegmentKind::text ? std::nullopt : tokenizer.token_id(segment.text);
+        segment.kind == SegmentKind::text ? std::nullopt : tokenizer_.token_id(segment.text);
     if (!id && segment.kind == SegmentKind::token)
       return make_error(Errc::mismatch,
                         fmt::format("the chat template needs the token {}, which the tokenizer "
                                     "does not have",
                                     text::quoted(segment.text)));
     if (!id) {
-      ordinary += segment.text;
-      continue;
+      text_ += segment.text;
+      text_answer_.resize(text_.size(), segment.answer ? 1 : 0);
+      return {};
     }
     if (auto error = flush())
       return error;
-    ids.push_back(*id);
+    put(*id, segment.answer);
+    return {};
   }
-  if (auto error = flush())
+
+  caf::error flush() {
+    const auto part = tokenizer_.encode(text_, false);
+    if (!part)
+      return part.error();
+    auto at = text_answer_.begin();
+    for (const int32_t id : *part) {
+      const auto left = static_cast<size_t>(text_answer_.end() - at);
+      const auto end = at + static_cast<std::ptrdiff_t>(
+                                std::min(tokenizer_.token_bytes(id).value_or("").size(), left));
+      put(id, std::find(at, end, 1) != end);
+      at = end;
+    }
+    text_.clear();
+    text_answer_.clear();
+    return {};
+  }
+
+  ChatSample take() { return std::move(sample_); }
+
+private:
+  void put(int32_t id, bool answer) {
+    sample_.ids.push_back(id);
+    sample_.answer.push_back(answer ? 1 : 0);
+  }
+
+  const Tokenizer& tokenizer_;
+  std::string text_; // not yet encoded
+  std::vector<uint8_t> text_answer_;
+  ChatSample sample_;
+};
+
+caf::expected<ChatSample> encode(const Tokenizer& tokenizer, const ChatFormat& format,
+                                 const std::vector<ChatMessage>& messages,
+                                 const ChatOptions& options) {
+  const auto segments = render_chat(format, messages, options);
+  if (!segments)
+    return segments.error();
+  SegmentEncoder encoder{tokenizer};
+  for (const auto& segment : *segments)
+    if (auto error = encoder.add(segment))
+      return error;
+  if (auto error = encoder.flush())
     return error;
-  return ids;
+  return encoder.take();
+}
+
+} // namespace
+
+caf::expected<std::vector<int32_t>> encode_chat(const Tokenizer& tokenizer,
+                                                const ChatFormat& format,
+                                                const std::vector<ChatMessage>& messages,
+                                                const ChatOptions& options) {
+  auto sample = encode(tokenizer, format, messages, options);
+  if (!sample)
+    return sample.error();
+  return std::move(sample->ids);
+}
+
+caf::expected<ChatSample> encode_sample(const Tokenizer& tokenizer, const ChatFormat& format,
+                                        const std::vector<ChatMessage>& messages) {
+  ChatOptions whole;
+  whole.add_generation_prompt = false;
+  return encode(tokenizer, format, messages, whole);
 }
 
 } // namespace troupe

@@ -70,6 +70,7 @@ enum class SegmentKind : uint8_t {
 struct ChatSegment {
   SegmentKind kind = SegmentKind::text;
   std::string text;
+  bool answer = false; // the assistant says it, its ending token included; not what leads up to it
   friend bool operator==(const ChatSegment&, const ChatSegment&) = default;
 };
 
@@ -91,5 +92,14 @@ render_chat(const ChatFormat& format, const std::vector<ChatMessage>& messages,
 [[nodiscard]] caf::expected<std::vector<int32_t>>
 encode_chat(const Tokenizer& tokenizer, const ChatFormat& format,
             const std::vector<ChatMessage>& messages, const ChatOptions& options = {});
+
+// A conversation to learn from: no prompt for a reply at its end.
+struct ChatSample {
+  std::vector<int32_t> ids;
+  std::vector<uint8_t> answer; // [ids]: this token, or a part of it, is the assistant's
+};
+[[nodiscard]] caf::expected<ChatSample> encode_sample(const Tokenizer& tokenizer,
+                                                      const ChatFormat& format,
+                                                      const std::vector<ChatMessage>& messages);
 
 } // namespace troupe

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace troupe {
 
@@ -37,10 +38,6 @@ caf::expected<std::vector<fs::path>> shards_of(const fs::path& folder) {
     return make_error(
         Errc::not_found,
         fmt::format("{}: no shard-*.safetensors in it; `troupe data` makes them", folder.string()));
-  if (!fs::exists(folder / kDescription, error))
-    return make_error(Errc::not_found,
-                      fmt::format("{}: no {}, so `troupe data` has not finished it",
-                                  folder.string(), kDescription));
   std::ranges::sort(paths);
   return paths;
 }
@@ -54,6 +51,44 @@ bool continues_character(char byte) { return (static_cast<uint8_t>(byte) & 0xC0u
 } // namespace
 
 // ---- reading ----------------------------------------------------------------------------------
+
+caf::expected<DatasetInfo> read_dataset_info(const fs::path& folder) {
+  const auto path = folder / kDescription;
+  const auto text = read_text_file(path, size_t{1} << 20);
+  if (!text && code_of(text.error()) == Errc::not_found)
+    return make_error(Errc::not_found,
+                      fmt::format("{}: no {}, so `troupe data` has not finished it",
+                                  folder.string(), kDescription));
+  if (!text)
+    return text.error();
+  const auto object = parse_json_object(*text, path.string());
+  if (!object)
+    return object.error();
+  constexpr auto kMost = std::numeric_limits<int64_t>::max();
+  JsonFields fields{*object, path.string()};
+  DatasetInfo info;
+  info.num_tokens = fields.integer("num_tokens", 0, kMost);
+  info.num_shards = fields.integer("num_shards", 0, kMost);
+  info.largest_token = fields.integer_or("largest_token", 0, kMost, 0);
+  info.vocabulary = fields.string_or("vocabulary", "");
+  if (!fields.ok())
+    return fields.error();
+  return info;
+}
+
+caf::error TokenRows::agrees(const fs::path& folder, const DatasetInfo& info) const {
+  if (info.num_tokens != num_tokens_ || info.num_shards != static_cast<int64_t>(shards_.size()))
+    return make_error(Errc::mismatch,
+                      fmt::format("{}: {} tokens in {} shards, but {} counts {} in {}",
+                                  folder.string(), num_tokens_, shards_.size(), kDescription,
+                                  info.num_tokens, info.num_shards));
+  if (info.largest_token >= vocab_size_)
+    return make_error(Errc::mismatch,
+                      fmt::format("{}: holds token {}, and the model's vocabulary {} ids; it was "
+                                  "made with another tokenizer",
+                                  folder.string(), info.largest_token, vocab_size_));
+  return {};
+}
 
 caf::error TokenRows::add(const fs::path& path, std::optional<int64_t> row_tokens) {
   auto file = SafetensorsFile::open(path);
@@ -91,16 +126,24 @@ caf::expected<TokenRows> TokenRows::open(const fs::path& path, std::optional<int
                                          int64_t vocab_size) {
   std::error_code ignored; // what is wrong with the path, opening it will say
   std::vector<fs::path> paths{path};
+  std::optional<DatasetInfo> info;
   if (fs::is_directory(path, ignored)) {
     auto shards = shards_of(path);
     if (!shards)
       return shards.error();
     paths = std::move(*shards);
+    auto read = read_dataset_info(path);
+    if (!read)
+      return read.error();
+    info = std::move(*read);
   }
   TokenRows rows;
   rows.vocab_size_ = vocab_size;
   for (const auto& p : paths)
     if (auto error = rows.add(p, row_tokens))
+      return error;
+  if (info)
+    if (auto error = rows.agrees(path, *info))
       return error;
   if (rows.num_rows_ > 0)
     return rows;
@@ -162,6 +205,8 @@ caf::error ShardWriter::append(std::span<const int32_t> document) {
   starts_.push_back(static_cast<int64_t>(tokens_.size()));
   tokens_.insert(tokens_.end(), document.begin(), document.end());
   num_tokens_ += static_cast<int64_t>(document.size());
+  for (const int32_t id : document)
+    largest_token_ = std::max(largest_token_, id);
   ++num_documents_;
   return {};
 }
@@ -192,6 +237,7 @@ caf::error ShardWriter::finish(boost::json::object description) {
   description["num_tokens"] = num_tokens_;
   description["num_documents"] = num_documents_;
   description["num_shards"] = num_shards_;
+  description["largest_token"] = largest_token_;
   return write_text_file(folder_ / kDescription, pretty(description) + "\n");
 }
 

@@ -23,11 +23,21 @@
 
 namespace troupe {
 
+// What dataset.json says of a folder of shards. It is written last: a folder without it is not
+// finished.
+struct DatasetInfo {
+  int64_t num_tokens = 0, num_shards = 0;
+  int64_t largest_token = 0;
+  std::string vocabulary; // vocabulary_digest of the tokenizer that made it; empty: unknown
+};
+[[nodiscard]] caf::expected<DatasetInfo> read_dataset_info(const std::filesystem::path& folder);
+
 // Rows of tokens, memory-mapped. Immutable and thread-safe.
 class TokenRows {
 public:
-  // A folder of shards (needs `row_tokens`, T), one shard, or a file of rows (T is the file's; a
-  // `row_tokens` that differs is an error). Reading refuses tokens outside [0, vocab_size).
+  // A folder of shards (needs `row_tokens`, T; all shards that dataset.json counts must be there,
+  // and its largest token be one of the vocabulary), one shard, or a file of rows (T is the file's;
+  // a `row_tokens` that differs is an error). Reading refuses tokens outside [0, vocab_size).
   [[nodiscard]] static caf::expected<TokenRows>
   open(const std::filesystem::path& path, std::optional<int64_t> row_tokens, int64_t vocab_size);
 
@@ -45,6 +55,7 @@ private:
     int64_t begin = 0;                 // of the stream
   };
   caf::error add(const std::filesystem::path& path, std::optional<int64_t> row_tokens);
+  caf::error agrees(const std::filesystem::path& folder, const DatasetInfo& info) const;
 
   std::vector<Shard> shards_;
   int64_t vocab_size_ = 0;
@@ -75,6 +86,7 @@ private:
 
   std::filesystem::path folder_;
   int64_t shard_tokens_ = 0, num_tokens_ = 0, num_documents_ = 0;
+  int32_t largest_token_ = 0;
   int num_shards_ = 0;
   std::vector<int32_t> tokens_;
   std::vector<int64_t> starts_;

@@ -4,6 +4,9 @@
 #include "config/tokenizer_core.hpp"
 #include "config/tokenizer_text.hpp"
 
+#include <fmt/format.h>
+#include <xxhash.h>
+
 namespace troupe {
 
 namespace {
@@ -42,6 +45,14 @@ Tokenizer::load(const std::filesystem::path& folder) {
   files.tokenizer_config = std::move(*config);
   files.chat_template = std::move(*chat_template);
   return is_json ? load_tokenizer_json(files) : load_tiktoken(files);
+}
+
+std::string vocabulary_digest(const Tokenizer& tokenizer) {
+  uint64_t sum = static_cast<uint64_t>(tokenizer.num_ids());
+  for (int32_t id = 0; id < tokenizer.num_ids(); ++id)
+    if (const auto bytes = tokenizer.token_bytes(id)) // the sum so far, and which id this is
+      sum = XXH3_64bits_withSeed(bytes->data(), bytes->size(), sum + static_cast<uint64_t>(id));
+  return fmt::format("{:016x}", sum);
 }
 
 Detokenizer::Detokenizer(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special)

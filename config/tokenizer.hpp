@@ -47,6 +47,10 @@ public:
   [[nodiscard]] virtual const std::string& chat_template() const = 0;
 };
 
+// Sixteen hexadecimal digits that differ between vocabularies: of every id's bytes. Two files that
+// spell one vocabulary differently have the same.
+[[nodiscard]] std::string vocabulary_digest(const Tokenizer& tokenizer);
+
 // The texts of a tokenizer's files; `source` names them in errors. Absent ones are empty.
 struct TokenizerFiles {
   std::string vocabulary;       // tokenizer.json or tiktoken.model

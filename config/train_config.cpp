@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kMany = int64_t{1} << 40;
 constexpr int32_t kMaxParallel = 4096;
+constexpr int64_t kDefaultSequence = 512; // with tokens, the file's
 
 // ---- flags ------------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ void read_sources(const proto::TrainConfig& m, const Paths& path, TextChecker& c
   if (m.has_sequence_length())
     c.sequence_length = check.in_range("sequence_length", true, m.sequence_length(), 2, 1 << 24, 2);
   else if (m.tokens().empty())
-    check.fail("sequence_length", "expected the tokens of a sequence, but it is absent");
+    c.sequence_length = kDefaultSequence;
   c.held_out = path("held_out", m.held_out());
   c.eval_every =
       check.in_range<int64_t>("eval_every", m.has_eval_every(), m.eval_every(), 0, kMany, 0);

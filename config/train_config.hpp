@@ -32,7 +32,7 @@ struct TrainConfig {
   uint64_t seed = 0;
   double init_std = 0.006;
   std::filesystem::path data, tokens, chat; // exactly one
-  std::optional<int64_t> sequence_length;   // absent: the file's, with `tokens`
+  std::optional<int64_t> sequence_length;   // absent: the file's, with `tokens` only
   std::filesystem::path held_out;           // empty: none
   int64_t eval_every = 0;
 

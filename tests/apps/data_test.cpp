@@ -1,5 +1,6 @@
 // `troupe data`: text files to shards and a tokenizer that the other commands take as they are.
 #include "config/dataset.hpp"
+#include "config/tokenizer.hpp"
 #include "tests/apps/run_program.hpp"
 
 #include <doctest/doctest.h>
@@ -44,6 +45,16 @@ TEST_CASE("text becomes shards with a tokenizer beside them") {
   CAPTURE(made.err);
   REQUIRE(made.code == 0);
   CHECK(made.out.find("\"num_documents\":42") != std::string::npos);
+
+  // Both folders name the vocabulary their ids are of.
+  const auto tokenizer = Tokenizer::load(out);
+  REQUIRE(tokenizer);
+  for (const auto& folder : {out, out + "/held-out"}) {
+    const auto info = read_dataset_info(folder);
+    REQUIRE(info);
+    CHECK(info->vocabulary == vocabulary_digest(**tokenizer));
+    CHECK(info->largest_token < 300);
+  }
 
   // The held-out documents are the first tenth, as they were written.
   const auto held_out = TokenRows::open(out + "/held-out", 4, 300);

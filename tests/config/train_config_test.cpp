@@ -71,6 +71,18 @@ mtp_lambda_changes { step: 50 value: 0.1 })",
   CHECK(c->mtp_lambda.at(50) == 0.1);
 }
 
+TEST_CASE("a sequence has 512 tokens, or as many as a file of rows says") {
+  const auto length = [](const std::string& text) {
+    const auto c = parse_train_config("init: \"tiny-v3\" steps: 1 " + text, "t", "", {});
+    REQUIRE(c);
+    return c->sequence_length;
+  };
+  CHECK(length("data: \"d\"") == 512);
+  CHECK(length("chat: \"c\"") == 512);
+  CHECK(length("tokens: \"t\"") == std::nullopt);
+  CHECK(length("tokens: \"t\" sequence_length: 64") == 64);
+}
+
 TEST_CASE("what is wrong in a training config is said with its place") {
   const std::vector<std::pair<std::string, std::string>> cases{
       {"lr: -1", "t.textproto:5:1: lr: expected 0 to 1000, got -1"},
