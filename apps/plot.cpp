@@ -103,8 +103,10 @@ void print_text(const TimelineReport& r) {
              r.chunks);
   if (r.columns > 1)
     fmt::print(", {} pipelines", r.columns);
-  fmt::print("\nreal   {:>10.2f} ms, {:.1f} % idle, at most {:.2f} ms on a rank\n", r.total,
-             r.total > 0 ? 100 * r.idle / r.total : 0.0, r.most_idle);
+  const auto percent = [&](double time) { return r.total > 0 ? 100 * time / r.total : 0.0; };
+  fmt::print(
+      "\nreal   {:>10.2f} ms, {:.1f} % idle, at most {:.2f} ms on a rank; jobs ran {:.1f} %\n",
+      r.total, percent(r.idle), r.most_idle, percent(r.computing));
   fmt::print("ideal  {:>10.2f} ms, by the formula {:.2f} ms idle\n", r.ideal_total, r.formula);
   fmt::print("idle beyond the formula: {:.1f} % of the step\n", 100 * r.excess());
 }
@@ -118,6 +120,7 @@ void print_json(const TimelineReport& r) {
                                  {"total_ms", r.total},
                                  {"idle_ms", r.idle},
                                  {"most_idle_ms", r.most_idle},
+                                 {"computing_ms", r.computing},
                                  {"ideal_total_ms", r.ideal_total},
                                  {"formula_ms", r.formula},
                                  {"excess", r.excess()},

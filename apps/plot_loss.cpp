@@ -165,12 +165,19 @@ PanelSpec loss_panel(const std::vector<Log>& logs) {
   return panel;
 }
 
+// A model without MTP may log its MTP loss as 0.
+bool has_mtp(const Log& log) {
+  return std::ranges::any_of(log.steps, [](const auto& step) {
+    return std::ranges::any_of(step.second.mtp_loss, [](double loss) { return loss != 0; });
+  });
+}
+
 PanelSpec mtp_panel(const std::vector<Log>& logs) {
   constexpr std::array<std::string_view, 3> kDashes{"", "6 4", "2 3"};
   PanelSpec panel{"MTP loss", 180, false, {}};
   bool deep = false;
   for (size_t i = 0; i < logs.size(); ++i) {
-    const size_t depths = widest(logs[i], &LogPoint::mtp_loss);
+    const size_t depths = has_mtp(logs[i]) ? widest(logs[i], &LogPoint::mtp_loss) : 0;
     deep |= depths > 1;
     for (size_t d = 0; d < depths; ++d)
       panel.curves.push_back(

@@ -53,7 +53,7 @@ double stood_still(const RankTrace& trace, const TimeSpan& window) {
 struct RealStep {
   GanttChart chart;
   std::array<std::vector<double>, kNumKinds> costs; // of ops, by kind
-  double idle = 0, most_idle = 0;                   // of a rank: the mean and the largest
+  double idle = 0, most_idle = 0, computing = 0;    // as in TimelineReport
 };
 
 TimeSpan extent(const TracedStep& step) {
@@ -112,7 +112,9 @@ RealStep real_step(const TracedStep& step, const Traces& traces) {
     const auto r = static_cast<int32_t>(rank);
     auto row = real_row(step, r, traces.at(r), begin, real);
     row.idle = std::max(row.idle + real.chart.total, 0.0);
-    real.idle += row.idle / static_cast<double>(step.programs.size());
+    const auto num_ranks = static_cast<double>(step.programs.size());
+    real.idle += row.idle / num_ranks;
+    real.computing += length(within(traces.at(r).computing, {begin, end})) / num_ranks;
     real.most_idle = std::max(real.most_idle, row.idle);
     real.chart.rows.push_back(std::move(row));
   }
@@ -188,6 +190,7 @@ TimelineReport report_of(const TracedStep& step, const RealStep& real, const Gan
   report.chunks = step.chunks;
   report.total = real.chart.total;
   report.idle = real.idle;
+  report.computing = real.computing;
   report.most_idle = real.most_idle;
   report.ideal_total = ideal.total;
   report.formula = bubble_formula(step.kind, step.pp, costs);
@@ -220,11 +223,13 @@ caf::expected<TimelinePlot> plot_timeline(const TimelineOptions& o) {
   const auto costs = ideal_costs(real, o);
   auto ideal = ideal_chart(*step, costs);
   const double total = real.chart.total;
-  real.chart.title = fmt::format("As it ran: {:.1f} ms, idle {:.1f} %", total,
-                                 total > 0 ? 100 * real.idle / total : 0.0);
-  real.chart.note = traces.begin()->second.computing.empty()
-                        ? "boxes hold their waits"
-                        : "faint: the rank waited within an op";
+  const auto percent = [&](double time) { return total > 0 ? 100 * time / total : 0.0; };
+  real.chart.title = fmt::format("As it ran: {:.1f} ms, idle {:.1f} %", total, percent(real.idle));
+  real.chart.note =
+      real.computing > 0
+          ? fmt::format("jobs ran {:.1f} % of the time; faint: the rank waited within an op",
+                        percent(real.computing))
+          : "boxes hold their waits";
   const auto report = report_of(*step, real, ideal, costs);
   const auto title = fmt::format("Step {}: {} on {} ranks, {} micro-batches", step->step,
                                  to_string(step->kind), step->pp, step->chunks);

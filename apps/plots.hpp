@@ -35,9 +35,12 @@ struct TimelineReport {
   ScheduleKind kind = ScheduleKind::dualpipe;
   int32_t pp = 0, columns = 0, chunks = 0; // pipelines of pp ranks with chunks micro-batches each
   double total = 0;                        // of the real step
-  double idle = 0, most_idle = 0;          // of a rank: the mean and the largest
-  double ideal_total = 0, formula = 0;     // idle time of a rank by the formula
-  OpCosts costs;                           // of the ideal timeline
+  // Of a rank, the mean: between ops and in waits for rows, without a job that runs; in jobs. The
+  // rest are waits within ops, which are part of what ops cost: for experts, for the machine.
+  double idle = 0, computing = 0;
+  double most_idle = 0;                // the largest of all ranks
+  double ideal_total = 0, formula = 0; // idle time of a rank by the formula
+  OpCosts costs;                       // of the ideal timeline
 
   // Idle time that the schedule does not explain, as a share of the step.
   [[nodiscard]] double excess() const { return total > 0 ? (idle - formula) / total : 0; }

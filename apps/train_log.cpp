@@ -79,7 +79,7 @@ caf::expected<TrainLogLine> parse_line(std::string_view text, const std::string&
   line.step = fields.integer("step", 0, kMaxStep);
   line.evaluated = fields.boolean_or("evaluated", false);
   line.main_loss = fields.number("main_loss", -kMaxNumber, kMaxNumber);
-  line.mtp_loss = numbers(fields, "mtp_loss");
+  line.mtp_loss = numbers(fields, fields.find("mtp_losses") ? "mtp_losses" : "mtp_loss");
   line.max_vio = numbers(fields, "max_vio");
   if (with_load && !line.evaluated)
     line.load = loads(fields);

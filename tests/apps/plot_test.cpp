@@ -168,6 +168,29 @@ TEST_CASE("extreme values still make a picture") {
   }
 }
 
+TEST_CASE("a panel shows what there is: no MTP, no MoE, several depths") {
+  const Folder folder;
+  const auto picture = [&](const std::string& fields) {
+    std::string text;
+    for (int s = 1; s <= 3; ++s)
+      text += "{\"step\":" + std::to_string(s) + ",\"main_loss\":3" + fields + "}\n";
+    const auto o = run({"plot", "loss", folder.with("log.jsonl", text)});
+    REQUIRE(o.code == 0);
+    check_svg(o.out);
+    return o.out;
+  };
+  for (const char* none : {"", ",\"mtp_loss\":0,\"max_vio\":[]", ",\"mtp_loss\":null"}) {
+    const auto svg = picture(none);
+    CHECK(svg.find("MTP loss") == std::string::npos);
+    CHECK(svg.find("MaxVio") == std::string::npos);
+    CHECK(count_of(svg, "<polyline") == 1);
+  }
+  const auto deep = picture(",\"mtp_loss\":4.5,\"mtp_losses\":[4,5]");
+  CHECK(deep.find(">4.000<") != std::string::npos);
+  CHECK(deep.find(">5.000<") != std::string::npos);
+  CHECK(deep.find(">4.500<") == std::string::npos);
+}
+
 // ---- load ---------------------------------------------------------------------------------------
 
 TEST_CASE("expert loads become a map for each MoE layer, relative to its mean") {
@@ -247,7 +270,8 @@ TEST_CASE("a timeline tells the real times and the ideal ones apart") {
     return run(more);
   };
   const auto measured = plot({});
-  check_says(measured, "real       260.00 ms, 7.7 % idle, at most 20.00 ms on a rank");
+  check_says(measured,
+             "real       260.00 ms, 7.7 % idle, at most 20.00 ms on a rank; jobs ran 92.3 %");
   check_says(measured, "ideal      260.00 ms, by the formula 20.00 ms idle");
   // Costs that are given replace the medians.
   check_says(plot({"--cost-fb", "20"}), "by the formula 10.00 ms idle");
@@ -255,6 +279,7 @@ TEST_CASE("a timeline tells the real times and the ideal ones apart") {
       boost::json::parse(run({"plot", "timeline", folder.path("trace"), "--json"}).out);
   CHECK(json.at("total_ms").to_number<double>() == doctest::Approx(260));
   CHECK(json.at("idle_ms").to_number<double>() == doctest::Approx(20));
+  CHECK(json.at("computing_ms").to_number<double>() == doctest::Approx(240));
   CHECK(json.at("formula_ms").to_number<double>() == doctest::Approx(20));
   CHECK(json.at("excess").to_number<double>() == doctest::Approx(0));
   CHECK(json.at("costs_ms").at("fb").to_number<double>() == doctest::Approx(30));
