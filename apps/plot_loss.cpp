@@ -224,6 +224,23 @@ struct Range {
   [[nodiscard]] double share(double x) const { return (x - low) / (high - low); }
 };
 
+// Where a panel's values lie on the page.
+struct Frame {
+  Range steps, values;
+  double top, height;
+
+  [[nodiscard]] std::pair<double, double> place(const std::pair<double, double>& p) const {
+    return {kLeft + (kWidth - kLeft - kRight) * steps.share(p.first),
+            top + height * (1 - values.share(p.second))};
+  }
+  [[nodiscard]] Points place(const Points& points) const {
+    Points placed;
+    for (const auto& p : points)
+      placed.push_back(place(p));
+    return placed;
+  }
+};
+
 class LossPicture {
 public:
   LossPicture(const std::vector<Log>& logs, std::vector<PanelSpec> panels, const std::string& title)
@@ -319,21 +336,24 @@ private:
 
   void draw_panel(const PanelSpec& panel, double y, bool last) {
     svg_.text(kLeft, y - 9, panel.title, {12, kInk, Anchor::start, true});
-    const double width = kWidth - kLeft - kRight;
     const auto ticks = value_ticks(panel);
-    const Range values{ticks.front(), ticks.back()}, steps = step_range();
-    const auto place = [&](const std::pair<double, double>& p) {
-      return std::pair{kLeft + width * steps.share(p.first),
-                       y + panel.height * (1 - values.share(p.second))};
-    };
+    const Frame frame{step_range(), {ticks.front(), ticks.back()}, y, panel.height};
     for (const double tick : ticks) {
-      const double at = place({steps.low, tick}).second;
-      svg_.line(kLeft, at, kLeft + width, at, {kGrid, 1});
+      const double at = frame.place({frame.steps.low, tick}).second;
+      svg_.line(kLeft, at, kWidth - kRight, at, {kGrid, 1});
       svg_.text(kLeft - 8, at + 3.5, tick_text(tick, ticks[1] - ticks[0]),
                 {10, kFaint, Anchor::end});
     }
-    draw_steps(steps, y, panel.height, last);
-    draw_curves(panel, place);
+    draw_steps(frame.steps, y, panel.height, last);
+    for (const auto& curve : panel.curves)
+      draw_raw(curve, frame);
+    for (const auto& curve : panel.curves)
+      if (!curve.held_out)
+        draw_mean(curve, frame);
+    for (const auto& curve : panel.curves)
+      if (curve.held_out)
+        draw_held_out(curve, frame);
+    draw_last_values(panel, frame);
   }
 
   void draw_steps(const Range& steps, double y, double height, bool last) {
@@ -353,53 +373,41 @@ private:
       svg_.text(kLeft + width / 2, y + height + 36, "step", {11, kFaint, Anchor::middle});
   }
 
-  template <class Place>
-  void draw_curves(const PanelSpec& panel, const Place& place) {
-    struct Label {
-      double y;
-      std::string text;
-      std::string_view colour;
-    };
-    std::vector<Label> labels;
-    const auto placed = [&](const Points& points) {
-      Points out;
-      for (const auto& p : thinned(points))
-        out.push_back(place(p));
-      return out;
-    };
-    const auto draw_raw = [&](const Curve& c) {
-      const bool smoothed = c.bold && mean_window(c.points.size()) > 1;
-      if (!c.held_out && (smoothed || !c.bold))
-        svg_.curve(placed(c.points), {c.colour, 1, 0.28});
-    };
-    const auto draw_mean = [&](const Curve& c) {
-      if (!c.bold || c.held_out || c.points.empty())
-        return;
-      const auto mean = running_mean(c.points);
-      svg_.curve(placed(mean), {c.colour, 1.9, 1, c.dashes});
-      if (mean.size() == 1)
-        svg_.dot(place(mean[0]).first, place(mean[0]).second, 2.6, c.colour, c.colour);
-      labels.push_back({place(mean.back()).second, short_number(mean.back().second), c.colour});
-    };
-    const auto draw_marks = [&](const Curve& c) {
-      if (!c.held_out)
-        return;
-      svg_.curve(placed(c.points), {c.colour, 1.2, 0.9, c.dashes});
-      for (const auto& p : thinned(c.points))
-        svg_.dot(place(p).first, place(p).second, 3.2, "#ffffff", c.colour);
-    };
+  // Thin: curves that stand behind others, and the values of one that is drawn as a mean.
+  void draw_raw(const Curve& curve, const Frame& frame) {
+    const bool smoothed = mean_window(curve.points.size()) > 1;
+    if (!curve.held_out && (smoothed || !curve.bold))
+      svg_.curve(frame.place(thinned(curve.points)), {curve.colour, 1, 0.28});
+  }
+
+  void draw_mean(const Curve& curve, const Frame& frame) {
+    if (!curve.bold)
+      return;
+    const auto placed = frame.place(thinned(running_mean(curve.points)));
+    svg_.curve(placed, {curve.colour, 1.9, 1, curve.dashes});
+    if (placed.size() == 1)
+      svg_.dot(placed[0].first, placed[0].second, 2.6, curve.colour, curve.colour);
+  }
+
+  void draw_held_out(const Curve& curve, const Frame& frame) {
+    const auto placed = frame.place(thinned(curve.points));
+    svg_.curve(placed, {curve.colour, 1.2, 0.9, curve.dashes});
+    for (const auto& [x, y] : placed)
+      svg_.dot(x, y, 3.2, "#ffffff", curve.colour);
+  }
+
+  // Beside the curves' ends, none over another.
+  void draw_last_values(const PanelSpec& panel, const Frame& frame) {
+    std::vector<std::pair<double, const Curve*>> labels; // height, curve
     for (const auto& curve : panel.curves)
-      draw_raw(curve);
-    for (const auto& curve : panel.curves)
-      draw_mean(curve);
-    for (const auto& curve : panel.curves)
-      draw_marks(curve);
-    // Last values beside their curves, none over another.
-    std::ranges::sort(labels, {}, &Label::y);
+      if (curve.bold && !curve.held_out && !curve.points.empty())
+        labels.emplace_back(frame.place(running_mean(curve.points).back()).second, &curve);
+    std::ranges::sort(labels);
     double free_from = 0;
-    for (const auto& label : labels) {
-      const double y = std::max(label.y + 3.5, free_from);
-      svg_.text(kWidth - kRight + 8, y, label.text, {11, label.colour, Anchor::start, true});
+    for (const auto& [height, curve] : labels) {
+      const double y = std::max(height + 3.5, free_from);
+      svg_.text(kWidth - kRight + 8, y, short_number(running_mean(curve->points).back().second),
+                {11, curve->colour, Anchor::start, true});
       free_from = y + 13;
     }
   }
