@@ -57,8 +57,8 @@ InProcessCluster::start(const ClusterOptions& options) {
 }
 
 caf::expected<std::unique_ptr<InProcessCluster>>
-InProcessCluster::start_training(const ClusterOptions& options,
-                                 std::shared_ptr<const TrainSetup> setup) {
+InProcessCluster::start_training(const ClusterOptions& options) {
+  const auto& setup = options.train;
   std::unique_ptr<InProcessCluster> cluster{new InProcessCluster};
   cluster->hub_ = std::make_unique<Hub>();
   const int32_t ranks = setup->config.num_ranks();

@@ -15,9 +15,9 @@ class InProcessCluster {
 public:
   [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
   start(const ClusterOptions& options);
-  // A training run, as options.train says.
+  // The run of options.train.
   [[nodiscard]] static caf::expected<std::unique_ptr<InProcessCluster>>
-  start_training(const ClusterOptions& options, std::shared_ptr<const TrainSetup> setup);
+  start_training(const ClusterOptions& options);
   ~InProcessCluster();
   [[nodiscard]] ClusterClient& client() { return *client_; }
   [[nodiscard]] RankHost& host(size_t rank) { return *hosts_.at(rank); }

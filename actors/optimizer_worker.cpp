@@ -470,8 +470,9 @@ void OptimizerWorker::commit_if_done() {
           phase.weights->prepare(workers);
       },
       [this] {
-        context_->rank->postman->tell(RankId{0}, Route::trainer,
-                                      StepCommitted{step_, context_->self()});
+        context_->rank->postman->tell(
+            RankId{0}, Route::trainer,
+            StepCommitted{step_, context_->self(), context_->rank->fabric->stats().bytes_sent});
       });
 }
 

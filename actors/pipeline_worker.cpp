@@ -239,7 +239,6 @@ void PipelineWorker::report() {
     report_.loads.push_back({layer, std::move(counts)});
   report_.busy_s = static_cast<double>(context_->busy_ns - busy_before_) * 1e-9;
   report_.program_s = static_cast<double>((now() - began_).count()) * 1e-9;
-  report_.wire_bytes = context_->rank->fabric->stats().bytes_sent;
   auto* postman = context_->rank->postman;
   if (!step_.evaluate)
     postman->tell(context_->self(), Route::optimizer, GradientsReady{step_.step});

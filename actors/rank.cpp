@@ -9,6 +9,7 @@
 #include "actors/optimizer.hpp"
 #include "actors/pipeline_stage.hpp"
 #include "actors/rank_supervisor.hpp"
+#include "actors/train_checkpoint.hpp"
 #include "actors/train_experts.hpp"
 #include "actors/train_messages.hpp"
 #include "actors/trainer.hpp"
@@ -377,6 +378,9 @@ caf::error Rank::Impl::start_training(const LoadProgress& progress) {
 }
 
 caf::expected<caf::actor> Rank::Impl::open_trainer() {
+  if (!setup->config.out.empty())
+    if (auto error = remove_temporary_checkpoints(setup->config.out))
+      return error;
   // The controller starts from the biases of all layers, whoever holds them.
   const auto layout = std::make_shared<const TrainLayout>(
       train->plan.config, train->plan.num_mtp_layers,

@@ -39,7 +39,7 @@ struct ClusterOptions {
   std::string cluster_token;
   TlsFiles tls; // of the control port; empty: plain, on loopback
   bool trace = false;
-  std::shared_ptr<const TrainConfig> train; // null: the cluster serves
+  std::shared_ptr<const TrainSetup> train; // null: the cluster serves
 };
 
 // Resolved arithmetic of a checkpoint under the options; Errc::unsupported where it can't be.

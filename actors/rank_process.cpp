@@ -150,14 +150,11 @@ private:
 };
 
 caf::error RankProcess::make_host() {
-  if (options_.cluster.train) {
-    auto setup = load_train_setup(*options_.cluster.train);
-    if (!setup)
-      return setup.error();
-    auto fabric = make_fabric(train_pool_bytes(**setup), train_credit_bytes(**setup));
+  if (const auto& setup = options_.cluster.train) {
+    auto fabric = make_fabric(train_pool_bytes(*setup), train_credit_bytes(*setup));
     if (!fabric)
       return fabric.error();
-    return adopt(RankHost::make_training(self_, options_.cluster, *setup, std::move(*fabric)));
+    return adopt(RankHost::make_training(self_, options_.cluster, setup, std::move(*fabric)));
   }
   auto checkpoint = Checkpoint::open(options_.cluster.model);
   if (!checkpoint)

@@ -4,7 +4,6 @@
 #include "config/json.hpp"
 
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 #include <xxhash.h>
 
 #include <fcntl.h>
@@ -26,6 +25,8 @@ namespace json = boost::json;
 namespace {
 
 constexpr const char* kStateFile = "state.json";
+constexpr std::string_view kPrefix = "step-";
+const std::string kTemporary = ".tmp-";
 constexpr std::array kTokenizerFiles = {"tokenizer.json",         "tokenizer_config.json",
                                         "tiktoken.model",         "special_tokens_map.json",
                                         "generation_config.json", "chat_template.jinja"};
@@ -65,11 +66,10 @@ caf::expected<uint64_t> checksum(const fs::path& path) {
   return sum;
 }
 
-std::string folder_name(int64_t step) { return fmt::format("step-{:08}", step); }
+std::string folder_name(int64_t step) { return fmt::format("{}{:08}", kPrefix, step); }
 
 std::optional<int64_t> step_of(const fs::path& folder) {
   const auto name = folder.filename().string();
-  constexpr std::string_view kPrefix = "step-";
   int64_t step = 0;
   if (!name.starts_with(kPrefix))
     return std::nullopt;
@@ -166,7 +166,7 @@ caf::error link_latest(const fs::path& out, const fs::path& folder) {
     return error;
   std::error_code ignored; // what can't be listed can't be stale either
   for (const auto& entry : fs::directory_iterator{out, ignored})
-    if (entry.is_symlink() && entry.path().filename() != "latest" &&
+    if (entry.is_symlink() && fs::read_symlink(entry.path()).parent_path() == "latest" &&
         !fs::exists(folder / entry.path().filename()))
       fs::remove(entry.path(), ignored);
   for (const auto& entry : fs::directory_iterator{folder, ignored})
@@ -180,7 +180,11 @@ caf::error link_latest(const fs::path& out, const fs::path& folder) {
 } // namespace
 
 fs::path temporary_checkpoint(const fs::path& out, int64_t step) {
-  return out / (".tmp-" + folder_name(step));
+  return out / (kTemporary + folder_name(step));
+}
+
+bool is_temporary_checkpoint(const fs::path& folder) {
+  return folder.filename().string().starts_with(kTemporary + std::string{kPrefix});
 }
 
 caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup& setup,
@@ -204,13 +208,26 @@ caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup&
   if (auto error = link_latest(out, folder))
     return error;
   if (keep > 0) {
-    const auto all = checkpoints(out);
+    auto all = checkpoints(out);
+    // Later ones are not whole, or the run would have gone on from them; it will write them anew.
+    std::erase_if(all, [&](const auto& found) { return found.first > state.step; });
     for (size_t i = static_cast<size_t>(keep); i < all.size(); ++i)
       fs::remove_all(all[i].second);
   }
   return folder;
 } catch (const fs::filesystem_error& error) {
   return make_error(Errc::io_error, error.what());
+}
+
+caf::error remove_temporary_checkpoints(const fs::path& out) {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator{out, error})
+    if (is_temporary_checkpoint(entry.path())) {
+      fs::remove_all(entry.path(), error);
+      if (error)
+        return io_error(entry.path(), error.message());
+    }
+  return {};
 }
 
 caf::expected<TrainState> read_train_state(const fs::path& folder) {
@@ -263,13 +280,18 @@ caf::expected<TrainState> read_train_state(const fs::path& folder) {
 }
 
 caf::expected<FoundCheckpoint> newest_checkpoint(const fs::path& out) {
+  std::vector<std::string> skipped;
   for (const auto& [step, folder] : checkpoints(out)) {
     auto state = read_train_state(folder);
     if (state)
-      return FoundCheckpoint{folder, std::move(*state)};
-    spdlog::warn("{}; looking for an older checkpoint", text_of(state.error()));
+      return FoundCheckpoint{folder, std::move(*state), std::move(skipped)};
+    skipped.push_back(text_of(state.error()));
   }
-  return make_error(Errc::not_found, fmt::format("{}: no checkpoint to resume from", out.string()));
+  return make_error(Errc::not_found,
+                    skipped.empty()
+                        ? fmt::format("{}: no checkpoint to resume from", out.string())
+                        : fmt::format("{}: no checkpoint to resume from is whole; the newest: {}",
+                                      out.string(), skipped.front()));
 }
 
 std::vector<std::string> changed_settings(const json::object& then, const json::object& now) {

@@ -33,17 +33,23 @@ struct TrainState {
 [[nodiscard]] std::filesystem::path temporary_checkpoint(const std::filesystem::path& out,
                                                          int64_t step);
 // Completes a temporary checkpoint and gives it its name; returns its folder. Older ones beyond
-// `keep` (0: none) go. Errors name the file; the temporary folder then stays for the next attempt
-// to replace.
+// `keep` (0: none) go. Errors name the file; the temporary folder then stays, and the checkpoints
+// before are untouched.
 [[nodiscard]] caf::expected<std::filesystem::path>
 commit_checkpoint(const std::filesystem::path& out, const TrainSetup& setup,
                   const TrainState& state, const std::vector<ShardSaved>& shards, int32_t keep);
 
-// The newest checkpoint in `out` whose files are as state.json says; tells on stderr which newer
-// ones are not. Errc::not_found: there is none.
+// Whether a name is that of a checkpoint that never became one.
+[[nodiscard]] bool is_temporary_checkpoint(const std::filesystem::path& folder);
+// Removes what runs left that ended while they saved. Before a run begins.
+[[nodiscard]] caf::error remove_temporary_checkpoints(const std::filesystem::path& out);
+
+// The newest checkpoint in `out` whose files are as state.json says. Errc::not_found: there is
+// none.
 struct FoundCheckpoint {
   std::filesystem::path folder;
   TrainState state;
+  std::vector<std::string> skipped; // why newer ones are not taken
 };
 [[nodiscard]] caf::expected<FoundCheckpoint> newest_checkpoint(const std::filesystem::path& out);
 // Reads and checks one.

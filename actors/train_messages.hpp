@@ -93,7 +93,6 @@ struct StageReport {
   std::vector<LayerLoad> loads;
   std::vector<NotFinite> not_finite;
   double busy_s = 0, program_s = 0;
-  uint64_t wire_bytes = 0; // sent since the run began
 };
 
 // Command pipeline stage -> train experts: the deferred weight work of a micro-batch may run.
@@ -133,9 +132,11 @@ struct ApplyUpdate {
   double lr = 0, clip = 1;
   std::vector<LayerBias> biases;
 };
+// News optimizer -> trainer: this rank's weights are those after the step.
 struct StepCommitted {
   int64_t step = 0;
   RankId rank;
+  uint64_t wire_bytes = 0; // sent since the run began
 };
 // Acknowledges bytes of bulk messages, so that a slow owner holds its senders up.
 struct TensorTaken {
@@ -214,7 +215,7 @@ typename Inspector::result_type inspect(Inspector& f, NotFinite& x) {
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, StageReport& x) {
   return f(caf::meta::type_name("StageReport"), x.step, x.rank, x.losses, x.balance, x.loads,
-           x.not_finite, x.busy_s, x.program_s, x.wire_bytes);
+           x.not_finite, x.busy_s, x.program_s);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, RunWeights& x) {
@@ -246,7 +247,7 @@ typename Inspector::result_type inspect(Inspector& f, ApplyUpdate& x) {
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, StepCommitted& x) {
-  return f(caf::meta::type_name("StepCommitted"), x.step, x.rank);
+  return f(caf::meta::type_name("StepCommitted"), x.step, x.rank, x.wire_bytes);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, TensorTaken& x) {

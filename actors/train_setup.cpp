@@ -7,10 +7,10 @@
 #include "config/tokenizer.hpp"
 
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 #include <xxhash.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <utility>
 
@@ -114,24 +114,40 @@ caf::error find_resume_point(TrainSetup& setup, const json::object& settings) {
                       fmt::format("resume: {} was trained on other data; start a new run from it "
                                   "with --model",
                                   found->folder.string()));
+  for (auto& line : found->skipped)
+    setup.warnings.push_back(std::move(line));
   for (const auto& line : changed_settings(found->state.settings, settings))
-    spdlog::warn("resume: {}; the run goes on, but not to the bit as it would have", line);
+    setup.warnings.push_back(
+        fmt::format("resume: {}; the run goes on, but not to the bit as it would have", line));
   setup.resume_from = found->folder;
   setup.first_step = found->state.step + 1;
   return {};
 }
 
+// What a run leaves that ended before its first checkpoint, and what this one writes beside it.
+bool is_leftover(const TrainConfig& config, const fs::path& entry) {
+  if (is_temporary_checkpoint(entry))
+    return true;
+  return std::ranges::any_of(
+      std::array{config.log, config.trace, config.dump_gradients}, [&](const fs::path& path) {
+        return !path.empty() && fs::weakly_canonical(path) == fs::weakly_canonical(entry);
+      });
+}
+
 caf::error check_out(const TrainConfig& config) {
-  if (config.out.empty() || config.resume)
+  if (config.out.empty() || config.resume || !fs::exists(config.out))
     return {};
-  if (fs::exists(config.out) && !fs::is_directory(config.out))
+  if (!fs::is_directory(config.out))
     return make_error(Errc::invalid_argument,
                       fmt::format("out: {} is no folder", config.out.string()));
-  if (newest_checkpoint(config.out))
-    return make_error(Errc::invalid_argument,
-                      fmt::format("out: {} holds checkpoints of another run; give --resume to go "
-                                  "on with it, or another folder",
-                                  config.out.string()));
+  for (const auto& entry : fs::directory_iterator{config.out, fs::directory_options::none})
+    if (!is_leftover(config, entry.path()))
+      return make_error(
+          Errc::invalid_argument,
+          fmt::format(
+              "out: {} is not empty, {} is there; --resume goes on with a run, a new one needs "
+              "a folder of its own",
+              config.out.string(), entry.path().filename().string()));
   return {};
 }
 
@@ -145,27 +161,30 @@ json::object settings_json(const TrainConfig& c) {
     return list;
   };
   const auto name = [](std::string_view text) { return json::string{text.data(), text.size()}; };
-  return {{"seed", c.seed},
-          {"compute", name(name_of(c.compute))},
-          {"backend", c.backend},
-          {"batch", stepwise(c.batch)},
-          {"micro_batch", c.micro_batch},
-          {"grad_lanes", c.grad_lanes},
-          {"grad_groups", c.grad_groups},
-          {"lr", c.lr},
-          {"min_lr", c.min_lr},
-          {"lr_schedule", name(name_of(c.lr_schedule))},
-          {"warmup_steps", c.warmup_steps},
-          {"decay_steps", c.decay_steps},
-          {"weight_decay", c.weight_decay},
-          {"beta1", c.beta1},
-          {"beta2", c.beta2},
-          {"eps", c.eps},
-          {"clip", c.clip},
-          {"ema", c.ema},
-          {"mtp_lambda", stepwise(c.mtp_lambda)},
-          {"bias_gamma", stepwise(c.bias_gamma)},
-          {"balance_alpha", c.balance_alpha}};
+  json::object settings{{"seed", c.seed},
+                        {"compute", name(name_of(c.compute))},
+                        {"backend", c.backend},
+                        {"batch", stepwise(c.batch)},
+                        {"micro_batch", c.micro_batch},
+                        {"grad_lanes", c.grad_lanes},
+                        {"grad_groups", c.grad_groups},
+                        {"lr", c.lr},
+                        {"min_lr", c.min_lr},
+                        {"lr_schedule", name(name_of(c.lr_schedule))},
+                        {"warmup_steps", c.warmup_steps},
+                        {"decay_steps", c.decay_steps},
+                        {"weight_decay", c.weight_decay},
+                        {"beta1", c.beta1},
+                        {"beta2", c.beta2},
+                        {"eps", c.eps},
+                        {"clip", c.clip},
+                        {"ema", c.ema},
+                        {"mtp_lambda", stepwise(c.mtp_lambda)},
+                        {"bias_gamma", stepwise(c.bias_gamma)},
+                        {"balance_alpha", c.balance_alpha}};
+  if (c.lr_schedule != LrSchedule::constant)
+    settings["steps"] = c.steps; // where the learning rate ends
+  return settings;
 }
 
 caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainConfig& config) try {
@@ -192,7 +211,7 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
     return data.error();
   setup->data = *data;
   if (const auto warning = setup->data->warning(); !warning.empty())
-    spdlog::warn("{}", warning);
+    setup->warnings.push_back(warning);
   if (!config.held_out.empty()) {
     auto held_out = TrainData::open_held_out(config.held_out, setup->data->sequence_length(),
                                              setup->model.vocab_size, tokenizer.get());

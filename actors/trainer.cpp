@@ -37,11 +37,11 @@ StepSums add_reports(const std::vector<StageReport>& reports) {
         counts[e] += load.counts[e];
     }
     for (const auto& bad : report.not_finite)
-      if (!sums.not_finite || bad.layer < sums.not_finite->layer)
+      if (!sums.not_finite || std::pair{bad.layer, bad.micro_batch} <
+                                  std::pair{sums.not_finite->layer, sums.not_finite->micro_batch})
         sums.not_finite = bad;
     if (report.program_s > 0)
       bubble += std::max(0.0, 1 - report.busy_s / report.program_s);
-    sums.wire_bytes += report.wire_bytes;
   }
   for (const auto& [micro_batch, loss] : losses) {
     sums.main += loss->main;
@@ -71,8 +71,7 @@ double gradient_norm(const std::vector<PlannedTensor>& tensors,
 
 double clip_factor(double clip, double norm) { return clip > 0 && norm > clip ? clip / norm : 1.0; }
 
-// ---- actor
-// ----------------------------------------------------------------------------------------
+// ---- actor --------------------------------------------------------------------------------------
 
 // A checkpoint on its way to its name.
 struct TrainerState::Commit {
@@ -139,13 +138,11 @@ TrainRecord make_record(const TrainerState& state, const StepSums& sums, int64_t
     record.max_vio.push_back(max_vio(load.counts));
   }
   record.bubble = sums.bubble;
-  record.wire_bytes = sums.wire_bytes;
   record.tokens = state.tokens;
   return record;
 }
 
-// ---- a step
-// ---------------------------------------------------------------------------------------
+// ---- a step -------------------------------------------------------------------------------------
 
 void begin_step(Self self) {
   auto& state = self->state;
@@ -158,16 +155,17 @@ void begin_step(Self self) {
 }
 
 // What is wrong with a step's numbers, if anything is.
-std::string not_a_number(const TrainerState& state, const StepSums& sums, double norm) {
+std::string not_a_number(const TrainerState& state, const StepSums& sums,
+                         const TrainRecord& record) {
   if (sums.not_finite)
     return fmt::format("step {}: layer {} on rank {} gives values that are not finite (micro-batch "
                        "{}); {}",
                        state.step, sums.not_finite->layer, sums.not_finite->rank.value,
                        sums.not_finite->micro_batch, last_checkpoint(state));
-  if (!std::isfinite(state.record.total_loss))
-    return fmt::format("step {}: the loss is {}; {}", state.step, state.record.total_loss,
+  if (!std::isfinite(record.total_loss))
+    return fmt::format("step {}: the loss is {}; {}", state.step, record.total_loss,
                        last_checkpoint(state));
-  if (std::isfinite(norm))
+  if (std::isfinite(record.grad_norm))
     return {};
   // The highest layer: from there gradients went down.
   const PlannedTensor* worst = nullptr;
@@ -189,15 +187,13 @@ void update(Self self) {
     return;
   const auto& config = state.setup->config;
   const int64_t batch = batch_size(config, state.step);
-  auto sums = add_reports(state.reports);
-  const auto sent = sums.wire_bytes;
-  sums.wire_bytes -= std::exchange(state.wire_bytes, sent);
+  const auto sums = add_reports(state.reports);
   state.tokens += batch * state.setup->data->sequence_length();
   state.record = make_record(state, sums,
                              targets_of(*state.setup->data, first_row(config, state.step), batch));
   state.record.grad_norm = gradient_norm(state.context->tensors, state.norms);
   state.record.lr = learning_rate(config, state.step);
-  if (const auto wrong = not_a_number(state, sums, state.record.grad_norm); !wrong.empty())
+  if (const auto wrong = not_a_number(state, sums, state.record); !wrong.empty())
     return end(self, make_error(Errc::internal, wrong));
   self->request(state.balance, caf::infinite,
                 LoadReport{state.step, bias_gamma(config, state.step), sums.loads})
@@ -211,7 +207,10 @@ void update(Self self) {
 
 void on_committed(Self self, const StepCommitted& news) {
   auto& state = self->state;
-  if (news.step != state.step || ++state.num_committed < num_ranks(self))
+  if (news.step != state.step)
+    return;
+  state.wire_bytes += news.wire_bytes;
+  if (++state.num_committed < num_ranks(self))
     return;
   const auto& config = state.setup->config;
   state.committed = state.step;
@@ -221,6 +220,8 @@ void on_committed(Self self, const StepCommitted& news) {
     state.record.tokens_per_s =
         static_cast<double>(batch_size(config, state.step) * state.setup->data->sequence_length()) /
         state.record.seconds;
+  state.record.wire_bytes = state.wire_bytes - state.wire_bytes_then;
+  state.wire_bytes_then = std::exchange(state.wire_bytes, 0);
   caf::anon_send(state.client, state.record);
   const bool last = state.step >= config.steps || state.stop;
   const bool every = config.save_every > 0 && state.step % config.save_every == 0;
@@ -230,8 +231,7 @@ void on_committed(Self self, const StepCommitted& news) {
   advance(self);
 }
 
-// ---- saving
-// ---------------------------------------------------------------------------------------
+// ---- saving -------------------------------------------------------------------------------------
 
 void begin_saving(Self self) {
   auto& state = self->state;
@@ -289,8 +289,7 @@ void on_commit(Self self) {
   advance(self);
 }
 
-// ---- evaluation
-// -----------------------------------------------------------------------------------
+// ---- evaluation ---------------------------------------------------------------------------------
 
 void begin_pass(Self self) {
   auto& state = self->state;
@@ -308,6 +307,11 @@ void begin_evaluation(Self self) {
   begin_pass(self);
 }
 
+void end_evaluation(TrainerState& state) {
+  state.num_passes = 0;
+  state.eval_reports.clear();
+}
+
 void end_pass(Self self) {
   auto& state = self->state;
   const int64_t batch = batch_size(state.setup->config, state.step);
@@ -319,6 +323,10 @@ void end_pass(Self self) {
       loss.micro_batch += state.pass * micro_batches;
     state.eval_reports.push_back(std::move(report));
   }
+  if (state.stop) { // whoever wants the end does not wait for this
+    end_evaluation(state);
+    return advance(self);
+  }
   if (++state.pass < state.num_passes)
     return begin_pass(self);
   auto sums = add_reports(state.eval_reports);
@@ -326,14 +334,14 @@ void end_pass(Self self) {
   auto record =
       make_record(state, sums, targets_of(*state.setup->held_out, 0, state.num_passes * batch));
   record.evaluated = true;
-  state.num_passes = 0;
-  state.eval_reports.clear();
+  end_evaluation(state);
+  if (const auto wrong = not_a_number(state, sums, record); !wrong.empty())
+    return end(self, make_error(Errc::internal, "held-out data, " + wrong));
   caf::anon_send(state.client, std::move(record));
   advance(self);
 }
 
-// ---- what comes next
-// ------------------------------------------------------------------------------
+// ---- what comes next ----------------------------------------------------------------------------
 
 void advance(Self self) {
   auto& state = self->state;

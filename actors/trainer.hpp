@@ -33,7 +33,6 @@ struct StepSums {
   std::vector<double> mtp; // per depth; main and these not yet divided
   std::vector<LayerLoad> loads;
   double bubble = 0;
-  uint64_t wire_bytes = 0;
   std::optional<NotFinite> not_finite; // the first layer that gave no finite numbers
 };
 [[nodiscard]] StepSums add_reports(const std::vector<StageReport>& reports);
@@ -44,8 +43,7 @@ struct StepSums {
 // min(1, clip / norm); 1 where clip is 0.
 [[nodiscard]] double clip_factor(double clip, double norm);
 
-// ---- actor
-// ----------------------------------------------------------------------------------------
+// ---- actor --------------------------------------------------------------------------------------
 
 using Trainer = caf::typed_actor<caf::replies_to<StartTraining>::with<caf::unit_t>,
                                  caf::reacts_to<StopTraining>, caf::reacts_to<StageReport>,
@@ -71,7 +69,8 @@ struct TrainerState {
   std::vector<GradientNorms> norms;
   TrainRecord record;
   size_t num_committed = 0;
-  uint64_t wire_bytes = 0; // sent by all ranks until the last step's reports
+  uint64_t wire_bytes = 0;      // sent since the run began by the ranks that committed the step
+  uint64_t wire_bytes_then = 0; // the same of all ranks and the step before
 
   // ---- evaluation ----
   int64_t pass = 0, num_passes = 0; // num_passes 0: none at hand

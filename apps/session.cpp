@@ -95,13 +95,10 @@ void end_gently() {
 }
 
 caf::error resolve_training(SessionOptions& o) {
-  auto setup = load_train_setup(*o.cluster.train);
-  if (!setup)
-    return setup.error();
-  o.training = *setup;
-  if (auto plan = plan_of(o.training->config, o.training->model); !plan)
+  const auto& setup = *o.cluster.train;
+  if (auto plan = plan_of(setup.config, setup.model); !plan)
     return plan.error();
-  o.cluster.shape.num_ranks = o.cluster.train->num_ranks();
+  o.cluster.shape.num_ranks = setup.config.num_ranks();
   if (o.cluster.local_ranks == 0)
     o.cluster.local_ranks = o.cluster.shape.num_ranks;
   if (o.cluster.num_threads == 0) {
@@ -276,7 +273,7 @@ int run_launched(const LauncherTask& task, SessionOptions o,
   process.control_host = endpoint->host;
   process.control_port = endpoint->port;
   AgentOptions agent;
-  agent.client_ends_run = o.training != nullptr;
+  agent.client_ends_run = o.cluster.train != nullptr;
   agent.ranks = {RankId{task.rank}};
   agent.seed = *seed;
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
@@ -483,11 +480,11 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
                                 o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
   o.cluster.cluster_token = random_token();
   if (o.fabric == "loopback") {
-    if (o.training)
+    if (o.cluster.train)
       end_gently();
     o.cluster.trace = !o.trace.empty();
-    auto cluster = o.training ? InProcessCluster::start_training(o.cluster, o.training)
-                              : InProcessCluster::start(o.cluster);
+    auto cluster = o.cluster.train ? InProcessCluster::start_training(o.cluster)
+                                   : InProcessCluster::start(o.cluster);
     if (!cluster)
       return complain(cluster.error());
     const int code = in_process(**cluster, body);
@@ -497,7 +494,7 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
     return run_launched(*task, o, body);
   const auto process = process_options(o);
   AgentOptions agent;
-  agent.client_ends_run = o.training != nullptr;
+  agent.client_ends_run = o.cluster.train != nullptr;
   for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
     agent.ranks.push_back(RankId{r});
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };

@@ -30,8 +30,6 @@ struct SessionOptions {
   std::string trace;
   int32_t join_timeout_s = 60;
   int64_t context = 0; // positions the command needs; for the default of kv_tokens
-  // With cluster.train: read by with_cluster.
-  std::shared_ptr<const TrainSetup> training;
 };
 
 // Adds the options that every command with a cluster shares.

@@ -1,5 +1,5 @@
 // troupe train: trains a model on a cluster of ranks started here.
-#include "actors/train_checkpoint.hpp"
+#include "actors/train_setup.hpp"
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
 #include "apps/session.hpp"
@@ -48,16 +48,21 @@ double largest(const std::vector<double>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
+// A number for one depth, a list for several; 0 without MTP.
+json::value mtp_loss(const TrainRecord& r) {
+  if (r.mtp_loss.size() > 1)
+    return json::value_from(r.mtp_loss);
+  return r.mtp_loss.empty() ? 0.0 : r.mtp_loss.front();
+}
+
 json::object to_json(const TrainRecord& r) {
   json::object line{{"step", r.step},
                     {"main_loss", r.main_loss},
-                    {"mtp_loss", mean(r.mtp_loss)},
+                    {"mtp_loss", mtp_loss(r)},
                     {"balance_loss", r.balance_loss},
                     {"total_loss", r.total_loss}};
   if (r.evaluated)
     line["evaluated"] = true;
-  if (r.mtp_loss.size() > 1)
-    line["mtp_losses"] = json::value_from(r.mtp_loss);
   if (!r.evaluated) {
     line["grad_norm"] = r.grad_norm;
     line["lr"] = r.lr;
@@ -100,9 +105,14 @@ public:
           kept += line + '\n';
       }
     }
-    log.file_.open(path, std::ios::binary | std::ios::trunc);
+    // In one step, so that a full disk does not cost the lines that are there.
+    auto temporary = path;
+    temporary += ".new";
+    log.file_.open(temporary, std::ios::binary | std::ios::trunc);
     log.file_ << kept << std::flush;
-    if (!log.file_)
+    if (log.file_)
+      fs::rename(temporary, path, error);
+    if (!log.file_ || error)
       return make_error(Errc::io_error, fmt::format("{}: can't be written", path.string()));
     return log;
   }
@@ -245,20 +255,22 @@ int train(TrainOptions& o) {
   if (!config)
     return file && code_of(config.error()) != Errc::invalid_argument ? complain(config.error())
                                                                      : wrong_usage(config.error());
-  o.session.cluster.train = std::make_shared<const TrainConfig>(*config);
+  auto setup = load_train_setup(*config);
+  if (!setup)
+    return complain(setup.error());
+  for (const auto& warning : (*setup)->warnings)
+    fmt::print(stderr, "troupe: warning: {}\n", warning);
+  o.session.cluster.train = *setup;
   o.session.cluster.num_threads = config->threads;
   o.session.cluster.backend = config->backend;
   o.session.fabric = config->fabric;
   o.session.trace = config->trace.string();
-  int64_t first_step = 1;
-  if (config->resume && !config->out.empty())
-    if (const auto found = newest_checkpoint(config->out))
-      first_step = found->state.step + 1;
   if (!o.session.trace.empty())
     if (auto error = check_writable(o.session.trace))
       return complain(error);
-  const int code = with_cluster(
-      o.session, [&](ClusterClient& client) { return run(o, config->log, first_step, client); });
+  const int code = with_cluster(o.session, [&](ClusterClient& client) {
+    return run(o, config->log, (*setup)->first_step, client);
+  });
   if (code == 0 && !o.session.trace.empty())
     if (auto error = merge_traces(o.session.trace, config->num_ranks()))
       return complain(error);
