@@ -4,6 +4,7 @@
 #include "kernels/reference_backward_moe.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -25,20 +26,23 @@ WeightProduct product(const TrainLinear& w, int64_t rows, Floats dy, Floats x) {
 } // namespace
 
 Floats FloatPool::take(int64_t n) {
-  std::unique_ptr<float[]> memory;
+  const auto wanted = static_cast<uint64_t>(std::max<int64_t>(n, 64));
+  const uint64_t step = std::bit_floor(wanted) / 8;
+  const auto size = static_cast<int64_t>((wanted + step - 1) / step * step);
+  std::unique_ptr<float[], Free> memory;
   {
     const std::lock_guard lock{mutex_};
-    auto& kept = free_[n];
+    auto& kept = free_[size];
     if (!kept.empty()) {
       memory = std::move(kept.back());
       kept.pop_back();
     }
   }
   if (!memory)
-    memory.reset(new float[static_cast<size_t>(std::max<int64_t>(n, 1))]);
-  return {memory.release(), [pool = shared_from_this(), n](float* p) {
+    memory.reset(new (kAlignment) float[static_cast<size_t>(size)]);
+  return {memory.release(), [pool = shared_from_this(), size](float* p) {
             const std::lock_guard lock{pool->mutex_};
-            pool->free_[n].emplace_back(p);
+            pool->free_[size].emplace_back(p);
           }};
 }
 

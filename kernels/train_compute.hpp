@@ -22,21 +22,29 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <span>
 #include <vector>
 
 namespace troupe {
 
-// Memory for rows, kept for reuse: a micro-batch asks for the same sizes over and over.
+// Memory for rows, kept for reuse: a micro-batch asks for the same sizes over and over, but for
+// dispatched rows, whose number varies. So sizes are rounded up to classes, eight per power of two,
+// and what is kept is bounded by what was ever in use at once, class by class.
 using Floats = std::shared_ptr<float[]>;
 class FloatPool : public std::enable_shared_from_this<FloatPool> {
 public:
-  // n elements, contents undefined. Throws std::bad_alloc. Callable from any thread.
+  // n elements, contents undefined, on a cache line's boundary. Throws std::bad_alloc. Callable
+  // from any thread.
   [[nodiscard]] Floats take(int64_t n);
 
 private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+  };
   std::mutex mutex_;
-  std::map<int64_t, std::vector<std::unique_ptr<float[]>>> free_;
+  std::map<int64_t, std::vector<std::unique_ptr<float[], Free>>> free_; // by size class
 };
 
 // dW += dyᵀ x, to be run in its turn.
