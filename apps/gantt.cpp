@@ -185,8 +185,9 @@ private:
       svg_.box(x, y, width, height, colour, 1, hint);
     }
     const auto text = std::to_string(number);
-    const double size = std::min(10.0, height - 2.5);
-    if (size >= 6 && width > static_cast<double>(text.size()) * size * 0.6 + 1)
+    const double fitting = (width - 1) / (0.6 * static_cast<double>(text.size()));
+    const double size = std::min({10.0, height - 2.5, fitting});
+    if (size >= 6)
       svg_.text(x + width / 2, y + height / 2 + size * 0.36, text, {size, kInk, Anchor::middle});
   }
 
