@@ -6,7 +6,7 @@
 #include "kernels/reference_backward_bf16.hpp"
 #include "kernels/reference_backward_fp8.hpp"
 
-#include <cstring>
+#include <algorithm>
 
 namespace troupe {
 
@@ -33,9 +33,9 @@ void prepare_weight(TrainPrecision precision, int64_t n, int64_t k, const float*
                     std::byte* out, Workers&) {
   if (precision == TrainPrecision::fp8) {
     const auto q = ref::quantize_weight(n, k, Grid<const float>{master, k});
-    std::memcpy(out, q.codes.data(), q.codes.size());
-    std::memcpy(out + (q.codes.size() + 3) / 4 * 4, q.scales.data(),
-                q.scales.size() * sizeof(float));
+    const auto bytes = std::as_bytes(std::span{q.scales});
+    std::copy_n(reinterpret_cast<const std::byte*>(q.codes.data()), q.codes.size(), out);
+    std::copy(bytes.begin(), bytes.end(), out + (q.codes.size() + 3) / 4 * 4);
     return;
   }
   auto* values = reinterpret_cast<float*>(out);
@@ -47,9 +47,9 @@ ref::Fp8Matrix fp8_weight(const LinearTask& t) {
   ref::Fp8Matrix w{ref::kFp8Block, ref::kFp8Block, t.k, {}, {}};
   w.codes.resize(static_cast<size_t>(t.n * t.k));
   w.scales.resize(static_cast<size_t>(blocks(t.n) * blocks(t.k)));
-  std::memcpy(w.codes.data(), t.weight, w.codes.size());
-  std::memcpy(w.scales.data(), t.weight + (w.codes.size() + 3) / 4 * 4,
-              w.scales.size() * sizeof(float));
+  const auto bytes = std::as_writable_bytes(std::span{w.scales});
+  std::copy_n(t.weight, w.codes.size(), reinterpret_cast<std::byte*>(w.codes.data()));
+  std::copy_n(t.weight + (w.codes.size() + 3) / 4 * 4, bytes.size(), bytes.begin());
   return w;
 }
 
