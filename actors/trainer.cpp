@@ -24,7 +24,7 @@ StepSums add_reports(const std::vector<StageReport>& reports) {
   std::map<int64_t, const MicroBatchLoss*> losses;
   std::map<std::pair<int64_t, int64_t>, double> balance;
   std::map<int64_t, std::vector<int64_t>> loads;
-  double bubble = 0;
+  double busy = 0, longest = 0; // a rank that is done early idles until the last one is
   for (const auto& report : reports) {
     for (const auto& loss : report.losses)
       losses.emplace(loss.micro_batch, &loss);
@@ -40,8 +40,8 @@ StepSums add_reports(const std::vector<StageReport>& reports) {
       if (!sums.not_finite || std::pair{bad.layer, bad.micro_batch} <
                                   std::pair{sums.not_finite->layer, sums.not_finite->micro_batch})
         sums.not_finite = bad;
-    if (report.program_s > 0)
-      bubble += std::max(0.0, 1 - report.busy_s / report.program_s);
+    busy += report.busy_s;
+    longest = std::max(longest, report.program_s);
   }
   for (const auto& [micro_batch, loss] : losses) {
     sums.main += loss->main;
@@ -53,7 +53,8 @@ StepSums add_reports(const std::vector<StageReport>& reports) {
     sums.balance += loss;
   for (auto& [layer, counts] : loads)
     sums.loads.push_back({layer, std::move(counts)});
-  sums.bubble = reports.empty() ? 0 : bubble / static_cast<double>(reports.size());
+  if (longest > 0)
+    sums.bubble = std::max(0.0, 1 - busy / (longest * static_cast<double>(reports.size())));
   return sums;
 }
 
