@@ -28,6 +28,7 @@ struct SimulatedCluster::Client {
   caf::actor actor;
   std::vector<SimulatedAnswer> answers;
   std::map<RequestId, size_t> index;
+  SimulatedTraining training;
   size_t finished = 0;
 };
 
@@ -35,7 +36,7 @@ struct SimulatedCluster::Member {
   RankSystemConfig config{/*testing=*/true};
   std::unique_ptr<caf::actor_system> system;
   std::unique_ptr<Fabric> fabric;
-  std::unique_ptr<ComputeStream> stream;
+  std::unique_ptr<ComputeStream> stream, background;
   std::unique_ptr<Rank> rank;
 
   [[nodiscard]] caf::scheduler::test_coordinator& scheduler() const {
@@ -79,6 +80,30 @@ caf::behavior simulated_client(caf::event_based_actor* self, caf::actor gateway,
   };
 }
 
+// Collects the news of a training run; told to begin with the step at which to ask for the end.
+caf::behavior training_client(caf::event_based_actor* self, caf::actor trainer, std::string token,
+                              SimulatedTraining* training, size_t* finished) {
+  const auto stop_at = std::make_shared<int64_t>(0);
+  return {
+      [=](int64_t step) {
+        *stop_at = step;
+        self->request(trainer, caf::infinite,
+                      StartTraining{token, caf::actor_cast<caf::actor>(self)})
+            .await([] {});
+      },
+      [=](const TrainRecord& record) {
+        training->records.push_back(record);
+        if (!record.evaluated && record.step == *stop_at)
+          self->send(trainer, StopTraining{token});
+      },
+      [=](const TrainingDone& done) {
+        training->done = done;
+        training->finished = true;
+        ++*finished;
+      },
+  };
+}
+
 } // namespace
 
 SimulatedCluster::SimulatedCluster(const SimulatedClusterOptions& options)
@@ -88,52 +113,89 @@ caf::expected<std::unique_ptr<SimulatedCluster>>
 SimulatedCluster::start(const SimulatedClusterOptions& options,
                         std::shared_ptr<const Checkpoint> checkpoint) {
   std::unique_ptr<SimulatedCluster> cluster{new SimulatedCluster{options}};
-  if (auto error = cluster->form(std::move(checkpoint)))
-    return error;
+  auto gateway = cluster->form(checkpoint);
+  if (!gateway)
+    return gateway.error();
+  auto& client = *cluster->client_;
+  client.actor =
+      cluster->members_[0]->system->spawn(simulated_client, *gateway, options.cluster.cluster_token,
+                                          &client.answers, &client.index, &client.finished);
   return cluster;
 }
 
-caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) {
+caf::expected<std::unique_ptr<SimulatedCluster>>
+SimulatedCluster::start_training(const SimulatedClusterOptions& options) {
+  std::unique_ptr<SimulatedCluster> cluster{new SimulatedCluster{options}};
+  cluster->options_.cluster.shape.num_ranks = options.cluster.train->config.num_ranks();
+  auto trainer = cluster->form(nullptr);
+  if (!trainer)
+    return trainer.error();
+  auto& client = *cluster->client_;
+  client.actor = cluster->members_[0]->system->spawn(
+      training_client, *trainer, options.cluster.cluster_token, &client.training, &client.finished);
+  return cluster;
+}
+
+std::unique_ptr<ComputeStream> SimulatedCluster::make_stream() {
+  return make_inline_stream(
+      [this](Nanoseconds delay, std::function<void()> done) {
+        events_.schedule(delay, std::move(done));
+      },
+      [this](const char*) {
+        return Nanoseconds{static_cast<int64_t>(
+            random_.below(static_cast<uint64_t>(2 * options_.mean_job.count()) + 1))};
+      });
+}
+
+// A rank that serves the checkpoint, or one that trains.
+caf::error SimulatedCluster::add_member(RankId self,
+                                        const std::shared_ptr<const Checkpoint>& checkpoint) {
+  auto member = std::make_unique<Member>();
+  member->system = std::make_unique<caf::actor_system>(member->config);
+  FabricOptions fabric;
+  fabric.self = self;
+  fabric.incarnation = 1;
+  fabric.cluster_token = options_.cluster.cluster_token;
+  fabric.heartbeat_period_ms = 0;
+  fabric.pool = BufferPool::make(size_t{1} << 30);
+  auto endpoint = hub_->endpoint(fabric);
+  if (!endpoint)
+    return endpoint.error();
+  member->fabric = std::move(*endpoint);
+  member->stream = make_stream();
+  RankEnvironment environment{member->system.get(), member->fabric.get(), member->stream.get(),
+                              &clock_};
+  const auto& setup = options_.cluster.train;
+  if (setup) {
+    member->background = make_stream();
+    environment.background = member->background.get();
+  }
+  auto rank = setup ? Rank::make_training(self, options_.cluster, setup, environment)
+                    : Rank::make(self, options_.cluster, checkpoint, environment);
+  if (!rank)
+    return rank.error();
+  member->rank = std::move(*rank);
+  member->rank->supervise([this](const caf::error& why) {
+    if (why && !failed_)
+      failed_ = why;
+  });
+  if (auto error = member->fabric->start(&member->rank->postman()))
+    return error;
+  members_.push_back(std::move(member));
+  return {};
+}
+
+// Answers whom a client talks to.
+caf::expected<caf::actor>
+SimulatedCluster::form(const std::shared_ptr<const Checkpoint>& checkpoint) {
   const auto num_ranks = options_.cluster.shape.num_ranks;
   SimulationOptions network;
   network.seed = options_.seed;
   network.links = options_.links;
   hub_ = LoopbackHub::simulated(num_ranks, events_, network);
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    auto member = std::make_unique<Member>();
-    member->system = std::make_unique<caf::actor_system>(member->config);
-    FabricOptions fabric;
-    fabric.self = RankId{r};
-    fabric.incarnation = 1;
-    fabric.cluster_token = options_.cluster.cluster_token;
-    fabric.heartbeat_period_ms = 0;
-    fabric.pool = BufferPool::make(size_t{1} << 30);
-    auto endpoint = hub_->endpoint(fabric);
-    if (!endpoint)
-      return endpoint.error();
-    member->fabric = std::move(*endpoint);
-    member->stream = make_inline_stream(
-        [this](Nanoseconds delay, std::function<void()> done) {
-          events_.schedule(delay, std::move(done));
-        },
-        [this](const char*) {
-          return Nanoseconds{static_cast<int64_t>(
-              random_.below(static_cast<uint64_t>(2 * options_.mean_job.count()) + 1))};
-        });
-    auto rank =
-        Rank::make(RankId{r}, options_.cluster, checkpoint,
-                   {member->system.get(), member->fabric.get(), member->stream.get(), &clock_});
-    if (!rank)
-      return rank.error();
-    member->rank = std::move(*rank);
-    member->rank->supervise([this](const caf::error& why) {
-      if (why && !failed_)
-        failed_ = why;
-    });
-    if (auto error = member->fabric->start(&member->rank->postman()))
+  for (int32_t r = 0; r < num_ranks; ++r)
+    if (auto error = add_member(RankId{r}, checkpoint))
       return error;
-    members_.push_back(std::move(member));
-  }
   auto group = start_forming(members_[0]->rank->planned_view());
   for (auto& member : members_)
     group = advance(std::move(group), member->rank->join_request());
@@ -142,15 +204,16 @@ caf::error SimulatedCluster::form(std::shared_ptr<const Checkpoint> checkpoint) 
   for (auto& member : members_)
     if (auto error = member->rank->start(Welcome{group.view}, {}))
       return error;
-  auto gateway = members_[0]->rank->open_gateway();
-  if (!gateway)
-    return gateway.error();
   client_ = std::make_shared<Client>();
-  client_->actor =
-      members_[0]->system->spawn(simulated_client, *gateway, options_.cluster.cluster_token,
-                                 &client_->answers, &client_->index, &client_->finished);
-  return {};
+  return members_[0]->rank->open_gateway();
 }
+
+void SimulatedCluster::train(int64_t stop_at) {
+  ++num_submitted_;
+  caf::anon_send(client_->actor, stop_at);
+}
+
+const SimulatedTraining& SimulatedCluster::training() const { return client_->training; }
 
 void SimulatedCluster::submit(RequestSpec spec) {
   ++num_submitted_;
@@ -231,6 +294,7 @@ SimulatedCluster::~SimulatedCluster() {
   for (auto& member : members_) {
     member->rank.reset();
     member->stream.reset();
+    member->background.reset();
     member->fabric.reset();
     member->system.reset();
   }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "actors/rank.hpp"
+#include "actors/train_messages.hpp"
 #include "config/clock.hpp"
 #include "config/random.hpp"
 #include "transport/loopback_fabric.hpp"
@@ -66,16 +67,29 @@ struct SimulatedAnswer {
   bool finished = false;
 };
 
+// What a training run told its client.
+struct SimulatedTraining {
+  std::vector<TrainRecord> records; // evaluations among them
+  TrainingDone done;
+  bool finished = false;
+};
+
 class SimulatedCluster {
 public:
   [[nodiscard]] static caf::expected<std::unique_ptr<SimulatedCluster>>
   start(const SimulatedClusterOptions& options, std::shared_ptr<const Checkpoint> checkpoint);
+  // One that trains, as options.cluster.train says; `train`, then `run` until it has ended.
+  [[nodiscard]] static caf::expected<std::unique_ptr<SimulatedCluster>>
+  start_training(const SimulatedClusterOptions& options);
   ~SimulatedCluster();
 
   // Submits a request; its place in the returned order is its index in answers().
   void submit(RequestSpec spec);
   // Its client gives request number `index` up after `delay` of virtual time.
   void cancel(size_t index, Nanoseconds delay);
+  // Begins the training run. Its client asks for an early end when it hears of step `stop_at`.
+  void train(int64_t stop_at = 0);
+  [[nodiscard]] const SimulatedTraining& training() const;
   // Runs until every request is done or nothing can happen any more (then the error says who
   // waits), or until a rank ends with an error.
   [[nodiscard]] caf::error run();
@@ -89,7 +103,9 @@ private:
   struct Member;
   struct Client;
   explicit SimulatedCluster(const SimulatedClusterOptions& options);
-  caf::error form(std::shared_ptr<const Checkpoint> checkpoint);
+  caf::expected<caf::actor> form(const std::shared_ptr<const Checkpoint>& checkpoint);
+  caf::error add_member(RankId self, const std::shared_ptr<const Checkpoint>& checkpoint);
+  [[nodiscard]] std::unique_ptr<ComputeStream> make_stream();
   bool step();
   void drain();
 

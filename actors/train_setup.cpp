@@ -187,6 +187,29 @@ json::object settings_json(const TrainConfig& c) {
   return settings;
 }
 
+// What ranks must agree on; so far `digest` is that of the checkpoint's weights.
+static uint64_t digest_of(const TrainSetup& setup, const json::object& settings) {
+  const auto& c = setup.config;
+  const json::array all{setup.digest,
+                        to_json(setup.model),
+                        settings,
+                        setup.data->digest(),
+                        setup.held_out ? setup.held_out->digest() : 0,
+                        setup.first_step,
+                        c.steps,
+                        c.init_std,
+                        c.pp,
+                        c.ep,
+                        c.dp,
+                        std::string{name_of(c.schedule)},
+                        c.eval_every,
+                        c.save_every,
+                        c.out.string(),
+                        c.dump_gradients.string()};
+  const auto text = json::serialize(all);
+  return XXH3_64bits(text.data(), text.size());
+}
+
 caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainConfig& config) try {
   auto setup = std::make_shared<TrainSetup>();
   setup->config = config;
@@ -230,11 +253,7 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
     return error;
   if (auto error = choose_source(*setup))
     return error;
-  const auto text = fmt::format("{} {} {} {} {} {} {} {} {}", setup->digest, to_json(setup->model),
-                                json::serialize(settings), setup->data->digest(), config.steps,
-                                setup->first_step, config.pp, config.ep, config.dp) +
-                    std::string{name_of(config.schedule)};
-  setup->digest = XXH3_64bits(text.data(), text.size());
+  setup->digest = digest_of(*setup, settings);
   return std::shared_ptr<const TrainSetup>{std::move(setup)};
 } catch (const fs::filesystem_error& error) {
   return make_error(Errc::io_error, error.what());
