@@ -69,9 +69,10 @@ public:
   T in_range(const std::string& field, bool given, T value, T low, T high, T fallback) {
     if (!given)
       return fallback;
-    if (!(value >= low && value <= high)) // NaN lies nowhere
-      fail(field, fmt::format("expected {} to {}, got {}", low, high, value));
-    return value;
+    if (value >= low && value <= high)
+      return value;
+    fail(field, fmt::format("expected {} to {}, got {}", low, high, value)); // NaN too
+    return fallback; // what is computed from it before the error is looked at stays in bounds
   }
 
   std::string one_of(const std::string& field, bool given, const std::string& value,

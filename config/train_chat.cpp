@@ -169,34 +169,42 @@ void ChatRows::add(std::vector<int32_t> ids, std::vector<uint8_t> has_loss) {
 
 caf::expected<ChatRows> ChatRows::read(const fs::path& path, int64_t row_tokens, int64_t vocab_size,
                                        const Tokenizer& tokenizer) {
-  const auto format = chat_format_of(tokenizer);
-  if (!format)
-    return with_context(path.string(), format.error());
   std::error_code error;
   if (!fs::is_regular_file(path, error))
     return make_error(Errc::not_found,
                       fmt::format("{}: {}", path.string(), error ? error.message() : "not a file"));
   std::ifstream file{path};
+  if (!file)
+    return make_error(Errc::io_error, fmt::format("{}: can't be opened", path.string()));
+  return read(file, path.string(), row_tokens, vocab_size, tokenizer);
+}
+
+caf::expected<ChatRows> ChatRows::read(std::istream& lines, const std::string& source,
+                                       int64_t row_tokens, int64_t vocab_size,
+                                       const Tokenizer& tokenizer) {
+  const auto format = chat_format_of(tokenizer);
+  if (!format)
+    return with_context(source, format.error());
   ChatRows rows{static_cast<size_t>(row_tokens) + 1};
   int64_t number = 0;
-  for (std::string line; std::getline(file, line);) {
+  for (std::string line; std::getline(lines, line);) {
     ++number;
     if (line.find_first_not_of(" \t\r") == std::string::npos)
       continue;
-    auto sample = read_sample(line, fmt::format("{}:{}", path.string(), number), vocab_size,
-                              tokenizer, *format);
+    auto sample =
+        read_sample(line, fmt::format("{}:{}", source, number), vocab_size, tokenizer, *format);
     if (!sample)
       return sample.error();
     rows.add(std::move(sample->ids), std::move(sample->answer));
   }
-  if (file.bad() || !file.eof())
+  if (lines.bad() || !lines.eof())
     return make_error(Errc::io_error,
-                      fmt::format("{}: can't be read after line {}", path.string(), number));
+                      fmt::format("{}: can't be read after line {}", source, number));
   if (rows.rows_.empty())
     return make_error(Errc::malformed,
                       fmt::format("{}: no answer (a message of role assistant) to learn from in {} "
                                   "samples",
-                                  path.string(), rows.num_without_answer_));
+                                  source, rows.num_without_answer_));
   return rows;
 }
 

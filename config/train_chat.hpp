@@ -12,7 +12,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <iosfwd>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace troupe {
@@ -24,6 +26,10 @@ class ChatRows {
 public:
   // `row_tokens` is T. Errors name FILE:LINE and field.
   [[nodiscard]] static caf::expected<ChatRows> read(const std::filesystem::path& path,
+                                                    int64_t row_tokens, int64_t vocab_size,
+                                                    const Tokenizer& tokenizer);
+  // The same of lines from anywhere; `source` names them in errors.
+  [[nodiscard]] static caf::expected<ChatRows> read(std::istream& lines, const std::string& source,
                                                     int64_t row_tokens, int64_t vocab_size,
                                                     const Tokenizer& tokenizer);
 

@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <optional>
 #include <span>
 #include <utility>
@@ -212,13 +213,36 @@ open_chat(const TrainConfig& config, int64_t vocab_size, const Tokenizer* tokeni
                                    config.seed, config.chat.string())};
 }
 
+// ---- all of them ------------------------------------------------------------------------------
+
+// Rows of a micro-batch are counted in 32 bits, tokens of a run in 64.
+caf::error check_extent(const TrainConfig& config, int64_t length) {
+  const auto row = static_cast<double>(length);
+  if (static_cast<double>(config.micro_batch) * row > 0x1p30)
+    return make_error(Errc::invalid_argument,
+                      fmt::format("micro_batch: {} sequences of {} tokens given, expected at most "
+                                  "2^30 tokens",
+                                  config.micro_batch, length));
+  double batch = config.batch.first;
+  for (const auto& [step, value] : config.batch.changes)
+    batch = std::max(batch, value);
+  if (static_cast<double>(config.steps) * batch * row > 0x1p60)
+    return make_error(Errc::invalid_argument,
+                      fmt::format("steps: {} of {} sequences of {} tokens given, expected at most "
+                                  "2^60 tokens",
+                                  config.steps, batch, length));
+  return {};
+}
+
 } // namespace
 
 caf::expected<std::shared_ptr<const TrainData>>
 TrainData::open(const TrainConfig& config, int64_t vocab_size, const Tokenizer* tokenizer) {
-  const auto named = [](const char* field, caf::expected<std::shared_ptr<const TrainData>> data) {
+  const auto named = [&](const char* field, caf::expected<std::shared_ptr<const TrainData>> data) {
     if (!data)
       data = with_context(field, data.error());
+    else if (auto error = check_extent(config, (*data)->sequence_length()))
+      data = std::move(error);
     return data;
   };
   if (!config.chat.empty())

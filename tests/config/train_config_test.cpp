@@ -99,6 +99,8 @@ TEST_CASE("what is wrong in a training config is said with its place") {
       {"min_lr: 1e-5", "never comes down"},
       {"schedule: \"gpipe\"", "expected dualpipe or dualpipev or 1f1b or zb1p, got \"gpipe\""},
       {"pp: 64 ep: 64 dp: 64", "262144 ranks"},
+      {"ep: -5", "ep: expected 1 to 4096, got -5"},
+      {"pp: 2147483647 ep: 2147483647 dp: 2147483647", "pp: expected 1 to 4096"},
       {"save_every: 5", "needs out"},
       {"resume: true", "needs out"},
       {"yarn_factor: 4", "come together"},

@@ -235,6 +235,23 @@ TEST_CASE("a file of rows that can't be trained on is refused with its place") {
   says(refusal(tokens_config(folder.path()), 100), "a folder of shards is given as data");
 }
 
+TEST_CASE("micro-batches and runs too large to count are refused") {
+  const ScratchFolder folder;
+  const auto path = folder / "rows.safetensors";
+  write_rows(path, {2, 3}, {1, 2, 3, 4, 5, 6});
+  auto config = tokens_config(path);
+  config.micro_batch = int64_t{1} << 29;
+  CHECK(refusal(config, 100) == "no error");
+  config.micro_batch += 1;
+  says(refusal(config, 100), "micro_batch: 536870913 sequences of 2 tokens");
+  config.micro_batch = 1;
+  config.steps = int64_t{1} << 40;
+  config.batch = {8, {{2, 1 << 19}}};
+  CHECK(refusal(config, 100) == "no error");
+  config.batch.changes.emplace_back(3, (1 << 19) + 1);
+  says(refusal(config, 100), "steps: 1099511627776 of 524289 sequences of 2 tokens");
+}
+
 TEST_CASE("cut and altered files of rows are refused or read, whatever the byte") {
   const ScratchFolder folder;
   const auto path = folder / "rows.safetensors";
