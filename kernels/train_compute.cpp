@@ -385,20 +385,8 @@ Floats TrainCompute::ffn_backward(std::span<const FfnGroup> groups, int64_t rows
   }
   ops_.dgrad(shape.precision, tasks, scratch_, workers);
   if (weight != nullptr)
-    workers.parallel_for(rows, 4, [&](int64_t begin, int64_t end, int) {
-      reference::expert_weight_backward<float>(end - begin, width,
-                                               {s.z.get() + begin * width, width}, weight + begin,
-                                               {dz.get() + begin * width, width}, dweight + begin);
-      // The product for W_down takes its weight on this side: dy stays as it was sent.
-      for (int64_t r = begin; r < end; ++r)
-        for (int64_t i = r * width; i < (r + 1) * width; ++i) {
-          s.z[i] *= weight[r];
-          if (round()) {
-            s.z[i] = bf16(s.z[i]);
-            dz[i] = bf16(dz[i]);
-          }
-        }
-    });
+    ops_.expert_weight_backward({rows, width, weight, s.z.get(), dz.get(), dweight, round()},
+                                workers);
   auto da = take(rows * width), db = take(rows * width);
   SwigluTask swiglu{rows, width, s.a.get(), s.b.get(), dz.get()};
   swiglu.da = da.get();

@@ -98,6 +98,18 @@ struct SwigluTask { // z = silu(a) ⊙ b, all dense [rows, n]
   bool round = false;
 };
 
+// Backward of an expert's weighted output, dense rows [rows, n]: dz arrives as W_downᵀ dy without
+// the gate weight. dweight[r] = ⟨dz, z⟩; dz and z are multiplied by weight[r]: the product for
+// W_down takes its weight on the side of z, because dy stays as it was sent.
+struct ExpertWeightTask {
+  int64_t rows = 0, n = 0;
+  const float* weight = nullptr; // [rows]
+  float* z = nullptr;
+  float* dz = nullptr;
+  float* dweight = nullptr; // [rows]
+  bool round = false;
+};
+
 // Causal attention of packed rows, reference_backward_attention.hpp. q [rows, heads·(d_nope +
 // d_rope)] rotated, kv [rows, heads·(d_nope + d_v)] as kv_b leaves it (per head nope, then v),
 // k_rope [rows, d_rope] rotated, out and dout [rows, heads·d_v], lse [rows, heads].
@@ -144,6 +156,7 @@ struct TrainOps {
   void (*rms_norm_backward)(const NormTask&, TrainScratch&, Workers&) = nullptr;
   void (*swiglu)(const SwigluTask&, Workers&) = nullptr;
   void (*swiglu_backward)(const SwigluTask&, Workers&) = nullptr;
+  void (*expert_weight_backward)(const ExpertWeightTask&, Workers&) = nullptr;
   // Rotates `heads` vectors per row in place, as Backend::rope; inverse: by the opposite angle.
   void (*rope)(const RopeArgs&, bool inverse, bool round, Workers&) = nullptr;
   void (*attention)(const AttentionTask&, TrainScratch&, Workers&) = nullptr;

@@ -5,6 +5,7 @@
 #include "kernels/reference_backward_attention.hpp"
 #include "kernels/reference_backward_bf16.hpp"
 #include "kernels/reference_backward_fp8.hpp"
+#include "kernels/reference_backward_moe.hpp"
 
 #include <algorithm>
 
@@ -193,6 +194,19 @@ void swiglu_backward(const SwigluTask& t, Workers& workers) {
   });
 }
 
+void expert_weight_backward(const ExpertWeightTask& t, Workers& workers) {
+  workers.parallel_for(t.rows, 4, [&](int64_t begin, int64_t end, int) {
+    const int64_t at = begin * t.n;
+    ref::expert_weight_backward<float>(end - begin, t.n, {t.z + at, t.n}, t.weight + begin,
+                                       {t.dz + at, t.n}, t.dweight + begin);
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t i = r * t.n; i < (r + 1) * t.n; ++i) {
+        t.z[i] = maybe_bf16(t.z[i] * t.weight[r], t.round);
+        t.dz[i] = maybe_bf16(t.dz[i], t.round);
+      }
+  });
+}
+
 void rope(const RopeArgs& args, bool inverse, bool round, Workers& workers) {
   const auto& table = *args.table;
   const int64_t half = table.dim / 2;
@@ -299,10 +313,22 @@ void adamw(const AdamWTask& t, Workers& workers) {
 } // namespace
 
 const TrainOps& reference_train_ops() {
-  static constexpr TrainOps ops{
-      "reference", weight_bytes, prepare_weight,     fprop,         dgrad,
-      wgrad,       rms_norm,     rms_norm_backward,  swiglu,        swiglu_backward,
-      rope,        attention,    attention_backward, cross_entropy, adamw};
+  static constexpr TrainOps ops{"reference",
+                                weight_bytes,
+                                prepare_weight,
+                                fprop,
+                                dgrad,
+                                wgrad,
+                                rms_norm,
+                                rms_norm_backward,
+                                swiglu,
+                                swiglu_backward,
+                                expert_weight_backward,
+                                rope,
+                                attention,
+                                attention_backward,
+                                cross_entropy,
+                                adamw};
   return ops;
 }
 

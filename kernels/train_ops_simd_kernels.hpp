@@ -10,9 +10,21 @@
 
 namespace troupe::TROUPE_SIMD {
 
-inline constexpr TrainOps kTrainOps{
-    "simd", weight_bytes, prepare_weight,     fprop,         dgrad,
-    wgrad,  rms_norm,     rms_norm_backward,  swiglu,        swiglu_backward,
-    rope,   attention,    attention_backward, cross_entropy, adamw};
+inline constexpr TrainOps kTrainOps{"simd",
+                                    weight_bytes,
+                                    prepare_weight,
+                                    fprop,
+                                    dgrad,
+                                    wgrad,
+                                    rms_norm,
+                                    rms_norm_backward,
+                                    swiglu,
+                                    swiglu_backward,
+                                    expert_weight_backward,
+                                    rope,
+                                    attention,
+                                    attention_backward,
+                                    cross_entropy,
+                                    adamw};
 
 } // namespace troupe::TROUPE_SIMD

@@ -121,6 +121,21 @@ inline void swiglu_backward(const SwigluTask& t, Workers& workers) {
   });
 }
 
+inline void expert_weight_backward(const ExpertWeightTask& t, Workers& workers) {
+  workers.parallel_for(t.rows, row_grain(t.n), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      float *z = t.z + r * t.n, *dz = t.dz + r * t.n;
+      const V weight = set1(t.weight[r]);
+      t.dweight[r] = row_sum(t.n, [&](V sum, int64_t i, int64_t left) {
+        const V a = load_some(dz + i, left), b = load_some(z + i, left);
+        store_some(z + i, left, maybe_bf16(b * weight, t.round));
+        store_some(dz + i, left, maybe_bf16(a * weight, t.round));
+        return fma_some(left, a, b, sum);
+      });
+    }
+  });
+}
+
 // Pairs (2i, 2i+1): each lane is fma(first, p, second · q) with p = cos, q = -sin in even lanes and
 // p = sin, q = cos in odd ones.
 inline void rotate_interleaved(int64_t dim, const float* p, const float* q, bool round, float* x) {

@@ -378,6 +378,30 @@ TEST_CASE("SwiGLU has the reference's bits, forward and backward, in place too")
     }
 }
 
+TEST_CASE("an expert's gate weights have the reference's bits") {
+  Random random{20};
+  for (const auto& [rows, n] : {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {3, 16}, {70, 100}})
+    for (const bool round : {false, true}) {
+      CAPTURE(rows);
+      CAPTURE(n);
+      const auto z = random_floats(random, rows * n), dz = random_floats(random, rows * n),
+                 weight = random_floats(random, rows);
+      const auto run = [&](const TrainOps& ops, Workers& team) {
+        std::array<Floats, 3> r{z, dz, weight};
+        ops.expert_weight_backward(
+            {rows, n, weight.data(), r[0].data(), r[1].data(), r[2].data(), round}, team);
+        return r;
+      };
+      Reference reference;
+      const auto wanted = run(reference.ops, reference.team);
+      for_variants([&](const TrainOps& ops, TrainScratch&, Workers& team) {
+        const auto found = run(ops, team);
+        for (size_t i = 0; i < found.size(); ++i)
+          CHECK(same_bits(found[i], wanted[i]));
+      });
+    }
+}
+
 TEST_CASE("rotations have the reference's bits both ways and in both layouts") {
   Random random{16};
   for (const int64_t dim : {2, 6, 16, 64, 520})
