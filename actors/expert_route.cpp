@@ -1,9 +1,10 @@
 #include "actors/expert_route.hpp"
 
+#include "kernels/math.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace troupe {
@@ -111,12 +112,8 @@ caf::error check_answers(const ExpertRoute& route, int64_t width, RowFormat form
 void sum_group_rows(size_t num_terms, FunctionRef<const float*(size_t)> row,
                     FunctionRef<float(size_t)> weight, int64_t width, bool round, float* out) {
   std::fill_n(out, width, 0.0f);
-  for (size_t t = 0; t < num_terms; ++t) {
-    const float* from = row(t);
-    const float w = weight(t);
-    for (int64_t i = 0; i < width; ++i)
-      out[i] = std::fma(w, from[i], out[i]);
-  }
+  for (size_t t = 0; t < num_terms; ++t)
+    add_weighted({row(t), static_cast<size_t>(width)}, weight(t), out);
   if (round)
     std::transform(out, out + width, out, bf16);
 }

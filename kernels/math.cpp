@@ -26,11 +26,20 @@ namespace {
   return sum;
 }
 
+[[gnu::always_inline]] inline void add_weighted_body(std::span<const float> x, float weight,
+                                                     float* out) {
+  for (size_t i = 0; i < x.size(); ++i)
+    out[i] = std::fma(weight, x[i], out[i]);
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TROUPE_FMA_TARGET __attribute__((target("avx2,fma")))
 TROUPE_FMA_TARGET void sigmoid_avx2(std::span<const float> x, float* out) { sigmoid_body(x, out); }
 TROUPE_FMA_TARGET double sum_of_exp_avx2(std::span<const float> x, double max) {
   return sum_of_exp_body(x, max);
+}
+TROUPE_FMA_TARGET void add_weighted_avx2(std::span<const float> x, float weight, float* out) {
+  add_weighted_body(x, weight, out);
 }
 bool has_fma() {
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -39,6 +48,9 @@ bool has_fma() {
 #else
 void sigmoid_avx2(std::span<const float> x, float* out) { sigmoid_body(x, out); }
 double sum_of_exp_avx2(std::span<const float> x, double max) { return sum_of_exp_body(x, max); }
+void add_weighted_avx2(std::span<const float> x, float weight, float* out) {
+  add_weighted_body(x, weight, out);
+}
 bool has_fma() { return false; }
 #endif
 
@@ -46,6 +58,10 @@ bool has_fma() { return false; }
 
 void sigmoid_f32(std::span<const float> x, float* out) {
   has_fma() ? sigmoid_avx2(x, out) : sigmoid_body(x, out);
+}
+
+void add_weighted(std::span<const float> x, float weight, float* out) {
+  has_fma() ? add_weighted_avx2(x, weight, out) : add_weighted_body(x, weight, out);
 }
 
 double sum_of_exp(std::span<const float> x, double max) {

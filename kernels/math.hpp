@@ -169,4 +169,7 @@ void sigmoid_f32(std::span<const float> x, float* out);
 // Σ exp(x[i] - max) in F64 over ascending i; -inf adds 0.
 [[nodiscard]] double sum_of_exp(std::span<const float> x, double max);
 
+// out[i] = fma(weight, x[i], out[i]).
+void add_weighted(std::span<const float> x, float weight, float* out);
+
 } // namespace troupe

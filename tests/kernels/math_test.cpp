@@ -133,3 +133,16 @@ TEST_CASE("arrays get the bits of single values, whatever their length") {
     CHECK(sum_of_exp(x, 5) == sum);
   }
 }
+
+TEST_CASE("a weighted sum of arrays is an fma per element, for any length") {
+  for (const size_t n : {size_t{0}, size_t{1}, size_t{7}, size_t{8}, size_t{33}}) {
+    std::vector<float> x(n), out(n), wanted(n);
+    for (size_t i = 0; i < n; ++i) {
+      x[i] = 1.0f + 0x1p-23f * static_cast<float>(i);
+      out[i] = -1.0f;
+      wanted[i] = std::fma(1.0f - 0x1p-24f, x[i], -1.0f); // a rounded product would give another
+    }
+    add_weighted(x, 1.0f - 0x1p-24f, out.data());
+    CHECK(out == wanted);
+  }
+}
