@@ -130,7 +130,7 @@ public:
   }
   // The whole gradient of every tensor, by name.
   [[nodiscard]] std::map<std::string, std::vector<float>> gradients() const;
-  [[nodiscard]] const TrainContext& context(size_t rank) const { return *members_[rank]->train; }
+  [[nodiscard]] std::vector<Span> spans(size_t rank) const { return members_[rank]->trace.spans(); }
 
   Heard heard;
 
@@ -141,6 +141,7 @@ private:
     std::unique_ptr<Fabric> fabric;
     std::unique_ptr<ComputeStream> stream;
     std::unique_ptr<Postman> postman;
+    Trace trace;
     RankContext context;
     std::shared_ptr<TrainContext> train;
     std::vector<caf::actor> actors;
@@ -194,10 +195,12 @@ void StageLab::add(RankId self, const TrainConfig& config, const Checkpoint& che
   m.context.stream = m.stream.get();
   m.context.clock = &clock_;
   m.context.postman = m.postman.get();
+  m.context.trace = &m.trace;
   auto train = make_train_context(&m.context, config, checkpoint.config(), data, data);
   if (!train)
     FAIL(text_of(train.error()));
   m.train = std::move(*train);
+  m.train->background = m.stream.get();
   InlineWorkers workers;
   for (const auto& phase : m.train->phases) {
     const auto& layout = phase.weights->layout();
@@ -490,5 +493,39 @@ TEST_CASE("every layout, schedule and interleaving gives the same gradients, to 
     config = sixteen_micro_batches(compute);
     config.recompute = true;
     check_equal(one, bits_of_step(config, **checkpoint, data, seed));
+  }
+}
+
+TEST_CASE("an overlapped pair computes while it waits for the wire, and the trace shows it") {
+  const test::TemporaryModel model{four_layers()};
+  auto checkpoint = Checkpoint::open(model.path());
+  REQUIRE(checkpoint);
+  auto config = sixteen_micro_batches(ComputePrecision::f32);
+  config.pp = 2;
+  config.ep = 2;
+  StageLab lab{config, **checkpoint,
+               std::make_shared<RandomRows>(16, 12, (*checkpoint)->config().vocab_size), 5};
+  lab.step({1});
+  const auto inside = [](const Span& a, const Span& b) {
+    return a.begin >= b.begin && a.end <= b.end;
+  };
+  for (size_t rank = 0; rank < 4; ++rank) {
+    const auto spans = lab.spans(rank);
+    size_t pairs = 0, overlapped = 0;
+    for (const auto& op : spans) {
+      if (std::string_view{op.track} != "op" || op.name.front() != '[')
+        continue;
+      ++pairs;
+      // Of the stage itself; the rank's experts work for others at any time.
+      overlapped += std::ranges::any_of(spans, [&](const Span& wait) {
+        return wait.name == "combine" && std::string_view{wait.track} == "wire" &&
+               inside(wait, op) && std::ranges::any_of(spans, [&](const Span& job) {
+                 return std::string_view{job.track} == "compute" &&
+                        !job.name.starts_with("expert") && job.end > job.begin && inside(job, wait);
+               });
+      });
+    }
+    CHECK(pairs >= 4);
+    CHECK(overlapped * 2 > pairs);
   }
 }
