@@ -105,7 +105,7 @@ caf::error complete_model(const fs::path& folder, const TrainSetup& setup,
       weight_map[tensor] = shard_file_name(shard.rank.value, static_cast<int32_t>(shards.size()));
   }
   const json::object index{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-  if (auto error = write_text(folder / "model.safetensors.index.json", json::serialize(index)))
+  if (auto error = write_text(folder / "model.safetensors.index.json", pretty(index)))
     return error;
   if (setup.tokenizer.empty())
     return {};
@@ -138,7 +138,7 @@ caf::error write_state(const fs::path& folder, const TrainState& state) {
                             {"data_digest", fmt::format("{:016x}", state.data_digest)},
                             {"settings", state.settings},
                             {"files", files}};
-  return write_text(folder / "training" / kStateFile, json::serialize(object));
+  return write_text(folder / "training" / kStateFile, pretty(object));
 }
 
 caf::error synchronize_all(const fs::path& folder) {
@@ -175,6 +175,18 @@ caf::error link_latest(const fs::path& out, const fs::path& folder) {
               link(fs::path{"latest"} / entry.path().filename(), out / entry.path().filename()))
         return error;
   return synchronize(out, true);
+}
+
+// A setting as a person writes it: 0.5, [8, [100, 16]].
+std::string plain(const json::value& value) {
+  if (value.is_double())
+    return fmt::format("{}", value.get_double());
+  if (!value.is_array())
+    return json::serialize(value);
+  std::string list;
+  for (const auto& item : value.get_array())
+    list += (list.empty() ? "" : ", ") + plain(item);
+  return "[" + list + "]";
 }
 
 } // namespace
@@ -244,7 +256,10 @@ caf::expected<TrainState> read_train_state(const fs::path& folder) {
   state.step = fields.integer("step", 0, kMany);
   state.tokens = fields.integer("tokens", 0, kMany);
   const auto digest = fields.string("data_digest");
-  std::from_chars(digest.data(), digest.data() + digest.size(), state.data_digest, 16);
+  const char* end = digest.data() + digest.size();
+  if (const auto [last, wrong] = std::from_chars(digest.data(), end, state.data_digest, 16);
+      wrong != std::errc{} || last != end)
+    fields.fail(Errc::malformed, "data_digest", "expected a hexadecimal number");
   if (const auto* settings = fields.object_or_null("settings"))
     state.settings = *settings;
   if (auto error = fields.error())
@@ -260,6 +275,8 @@ caf::expected<TrainState> read_train_state(const fs::path& folder) {
     const auto name = entry.string("name");
     const auto bytes = entry.integer("bytes", 0, kMany);
     const auto expected = entry.string("xxh3");
+    if (const fs::path path{name}; path.is_absolute() || name.find("..") != std::string::npos)
+      entry.fail(Errc::malformed, "name", fmt::format("\"{}\" lies elsewhere", name));
     if (auto error = entry.error())
       return error;
     std::error_code error;
@@ -299,9 +316,8 @@ std::vector<std::string> changed_settings(const json::object& then, const json::
   for (const auto& [name, value] : now) {
     const auto* before = then.if_contains(name);
     if (before == nullptr || json::serialize(*before) != json::serialize(value))
-      lines.push_back(fmt::format("{}: {} now, {} before", std::string{name},
-                                  json::serialize(value),
-                                  before ? json::serialize(*before) : "nothing"));
+      lines.push_back(fmt::format("{}: {} now, {} before", std::string{name}, plain(value),
+                                  before ? plain(*before) : "nothing"));
   }
   return lines;
 }
