@@ -477,8 +477,8 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
     return complain(error);
   if (task && o.cluster.shape.num_ranks != task->num_ranks)
     return complain(fmt::format("{}: {} ranks, but {} started {} tasks",
-                                o.training ? std::string{"pp · ep · dp"}
-                                           : fmt::format("layout: \"{}\"", o.layout),
+                                o.cluster.train ? std::string{"pp · ep · dp"}
+                                                : fmt::format("layout: \"{}\"", o.layout),
                                 o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
   o.cluster.cluster_token = random_token();
   if (o.fabric == "loopback") {
