@@ -57,6 +57,10 @@ inline void pack_along(int64_t rows, int64_t n, const float* x, int64_t stride, 
   }
 }
 
+// Rows that words_across asks for ahead: it waits for memory more than it works, and a stride is
+// too long for the CPU to guess.
+inline constexpr int64_t kRowsAhead = 6;
+
 // put(step, column, words) for n rows and every 16 of their columns. Rows are read as they lie in
 // memory.
 template <Operand kOperand, class Put>
@@ -64,11 +68,15 @@ TROUPE_INLINE void words_across(int64_t n, int64_t columns, const float* x, int6
                                 Put put) {
   if constexpr (kOperand == Operand::f32) {
     for (int64_t s = 0; s < n; ++s, x += stride)
-      for (int64_t j = 0; j < columns; j += 16)
+      for (int64_t j = 0; j < columns; j += 16) {
+        __builtin_prefetch(x + kRowsAhead * stride + j);
         put(s, j, load_some(x + j, columns - j));
+      }
   } else {
     for (int64_t s = 0; s < n; s += 2, x += 2 * stride)
       for (int64_t j = 0; j < columns; j += 16) {
+        __builtin_prefetch(x + kRowsAhead * stride + j);
+        __builtin_prefetch(x + (kRowsAhead + 1) * stride + j);
         const V even = load_some(x + j, columns - j);
         const V odd = s + 1 < n ? load_some(x + stride + j, columns - j) : zero();
 #if TROUPE_SIMD_DOT
