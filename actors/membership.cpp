@@ -29,7 +29,8 @@ std::string disagreement(const JoinRequest& first, const JoinRequest& request) {
                   fmt::format("{:016x}", first.model_digest),
                   fmt::format("{:016x}", request.model_digest));
   if (request.settings_digest != first.settings_digest)
-    return differ("layout and limits (digest)", fmt::format("{:016x}", first.settings_digest),
+    return differ("layout, limits and settings (digest)",
+                  fmt::format("{:016x}", first.settings_digest),
                   fmt::format("{:016x}", request.settings_digest));
   if (request.arithmetic != first.arithmetic)
     return differ("the arithmetic", first.arithmetic, request.arithmetic);

@@ -142,7 +142,7 @@ struct JoinRequest {
   RankId rank;
   uint32_t incarnation = 1;
   uint64_t model_digest = 0;
-  uint64_t settings_digest = 0; // layout and limits that must agree
+  uint64_t settings_digest = 0; // layout, limits, settings that must agree
   std::string arithmetic, backend;
   uint64_t fingerprint = 0;
   std::string host, address;

@@ -242,6 +242,7 @@ JoinRequest Rank::join_request() const {
     const auto& config = impl_->setup->config;
     const auto* ops = find_train_ops(config.backend);
     request.model_digest = impl_->setup->digest;
+    request.settings_digest = impl_->setup->settings_digest;
     request.arithmetic = fmt::format("training in {}", name_of(config.compute));
     request.backend = ops ? ops->name : config.backend;
     request.fingerprint = ops ? train_fingerprint(*ops) : 0;

@@ -5,6 +5,7 @@
 #include "config/json.hpp"
 #include "config/presets.hpp"
 #include "config/tokenizer.hpp"
+#include "config/train_schedule.hpp"
 
 #include <fmt/format.h>
 #include <xxhash.h>
@@ -151,6 +152,19 @@ caf::error check_out(const TrainConfig& config) {
   return {};
 }
 
+// An evaluation takes whole batches.
+void warn_of_rest(TrainSetup& setup) {
+  const auto batch = batch_size(setup.config, setup.config.steps);
+  const auto rows = setup.held_out->num_rows();
+  if (rows < batch)
+    setup.warnings.push_back(fmt::format(
+        "held_out: {} rows are fewer than a batch of {}; some count more than once", rows, batch));
+  else if (rows % batch != 0)
+    setup.warnings.push_back(
+        fmt::format("held_out: the last {} of {} rows are not evaluated, they fill no batch of {}",
+                    rows % batch, rows, batch));
+}
+
 } // namespace
 
 json::object settings_json(const TrainConfig& c) {
@@ -187,27 +201,28 @@ json::object settings_json(const TrainConfig& c) {
   return settings;
 }
 
-// What ranks must agree on; so far `digest` is that of the checkpoint's weights.
-static uint64_t digest_of(const TrainSetup& setup, const json::object& settings) {
-  const auto& c = setup.config;
-  const json::array all{setup.digest,
-                        to_json(setup.model),
-                        settings,
-                        setup.data->digest(),
-                        setup.held_out ? setup.held_out->digest() : 0,
-                        setup.first_step,
-                        c.steps,
-                        c.init_std,
-                        c.pp,
-                        c.ep,
-                        c.dp,
-                        std::string{name_of(c.schedule)},
-                        c.eval_every,
-                        c.save_every,
-                        c.out.string(),
-                        c.dump_gradients.string()};
-  const auto text = json::serialize(all);
+static uint64_t digest_of(const json::array& values) {
+  const auto text = json::serialize(values);
   return XXH3_64bits(text.data(), text.size());
+}
+
+// What ranks must agree on beside model and weights.
+static json::array agreement(const TrainSetup& setup, const json::object& settings) {
+  const auto& c = setup.config;
+  return {settings,
+          setup.data->digest(),
+          setup.held_out ? setup.held_out->digest() : 0,
+          setup.first_step,
+          c.steps,
+          c.init_std,
+          c.pp,
+          c.ep,
+          c.dp,
+          std::string{name_of(c.schedule)},
+          c.eval_every,
+          c.save_every,
+          c.out.string(),
+          c.dump_gradients.string()};
 }
 
 caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainConfig& config) try {
@@ -241,6 +256,7 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
     if (!held_out)
       return held_out.error();
     setup->held_out = *held_out;
+    warn_of_rest(*setup);
   }
   if (!config.model.empty()) { // modules that are not there can't be trained
     auto checkpoint = Checkpoint::open(config.model);
@@ -253,7 +269,8 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
     return error;
   if (auto error = choose_source(*setup))
     return error;
-  setup->digest = digest_of(*setup, settings);
+  setup->digest = digest_of({setup->digest, to_json(setup->model)});
+  setup->settings_digest = digest_of(agreement(*setup, settings));
   return std::shared_ptr<const TrainSetup>{std::move(setup)};
 } catch (const fs::filesystem_error& error) {
   return make_error(Errc::io_error, error.what());

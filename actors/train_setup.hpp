@@ -23,8 +23,10 @@ struct TrainSetup {
   std::filesystem::path resume_from;               // a checkpoint's folder; empty: a new run
   int64_t first_step = 1;
   ValueSource source;
-  std::filesystem::path tokenizer;   // folder to copy it from; empty: none known
-  uint64_t digest = 0;               // ranks that work together have equal ones
+  std::filesystem::path tokenizer; // folder to copy it from; empty: none known
+  // Ranks that work together have equal ones: of model and weights, and of all else they must agree
+  // on.
+  uint64_t digest = 0, settings_digest = 0;
   std::vector<std::string> warnings; // for a person: what is not as it might be expected
 
   // Rows of a micro-batch.

@@ -30,12 +30,12 @@
 
 namespace troupe {
 
-namespace {
-
 std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value ? value : "";
 }
+
+namespace {
 
 // 128 random bits from the kernel.
 std::string random_token() {

@@ -48,6 +48,9 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 // good end. Only where cluster.train is set; elsewhere signals end the run at once.
 [[nodiscard]] bool interrupted();
 
+// A variable of the environment; "" when unset.
+[[nodiscard]] std::string environment(const char* name);
+
 // What a cluster file says about TLS, and whether its files serve; errors name `file` and field.
 [[nodiscard]] TlsFiles tls_of(const ControlSpec& control);
 [[nodiscard]] caf::error check_tls(const TlsFiles& tls, const std::string& file);

@@ -2,6 +2,7 @@
 #include "actors/train_setup.hpp"
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
+#include "apps/launcher_env.hpp"
 #include "apps/session.hpp"
 #include "config/json.hpp"
 #include "config/train_config.hpp"
@@ -186,11 +187,12 @@ private:
   std::optional<Clock::time_point> last_;
 };
 
-int run(const TrainOptions& o, const fs::path& log_path, int64_t first_step,
-        ClusterClient& client) {
-  auto log = TrainLog::open(log_path, first_step - 1);
+int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
+  auto log = TrainLog::open(setup.config.log, setup.first_step - 1);
   if (!log)
     return complain(log.error());
+  for (const auto& warning : setup.warnings)
+    fmt::print(stderr, "troupe: warning: {}\n", warning);
   TrainProgress progress{!o.quiet && !o.json};
   TrainRecord last, held_out;
   const auto done = client.train(
@@ -227,7 +229,7 @@ int run(const TrainOptions& o, const fs::path& log_path, int64_t first_step,
   return 0;
 }
 
-// Makes one file of those that ranks wrote, if all are here.
+// Makes one file of those that ranks wrote.
 caf::error merge_traces(const std::string& prefix, int32_t num_ranks) {
   std::string merged = "[\n";
   for (int32_t r = 0; r < num_ranks; ++r) {
@@ -258,8 +260,6 @@ int train(TrainOptions& o) {
   auto setup = load_train_setup(*config);
   if (!setup)
     return complain(setup.error());
-  for (const auto& warning : (*setup)->warnings)
-    fmt::print(stderr, "troupe: warning: {}\n", warning);
   o.session.cluster.train = *setup;
   o.session.cluster.num_threads = config->threads;
   o.session.cluster.backend = config->backend;
@@ -268,10 +268,11 @@ int train(TrainOptions& o) {
   if (!o.session.trace.empty())
     if (auto error = check_writable(o.session.trace))
       return complain(error);
-  const int code = with_cluster(o.session, [&](ClusterClient& client) {
-    return run(o, config->log, (*setup)->first_step, client);
-  });
-  if (code == 0 && !o.session.trace.empty())
+  const int code =
+      with_cluster(o.session, [&](ClusterClient& client) { return run(o, **setup, client); });
+  // Tasks of a launcher may have their files on other hosts.
+  const bool all_here = config->fabric == "loopback" || !detect_launcher(environment);
+  if (code == 0 && !o.session.trace.empty() && all_here)
     if (auto error = merge_traces(o.session.trace, config->num_ranks()))
       return complain(error);
   return code;
