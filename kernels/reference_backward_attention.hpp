@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/reference_backward.hpp"
+#include "kernels/reference_backward_bf16.hpp"
 
 namespace troupe::reference {
 
@@ -29,12 +30,12 @@ struct AttentionInputs {
 namespace attention_detail {
 
 // q_t · k_j of a head, ascending over the nope part, then the rope part.
-template <class T>
+template <class T, class Sum = ChainSum<T>>
 [[nodiscard]] T score(const AttentionShape& s, const AttentionInputs<const T>& in, int64_t t,
                       int64_t j, int64_t head) {
   const int64_t d_qk = s.d_nope + s.d_rope;
-  return chain<T>(
-      0, d_qk, [&](int64_t i) { return in.q(t, head * d_qk + i); },
+  return Sum{}(
+      d_qk, [&](int64_t i) { return in.q(t, head * d_qk + i); },
       [&](int64_t i) {
         return i < s.d_nope ? in.k_nope(j, head * s.d_nope + i) : in.k_rope(j, i - s.d_nope);
       });
@@ -74,7 +75,7 @@ void query_backward(const AttentionShape& s, T tau, const AttentionInputs<const 
 
 // out: [rows, heads · d_v]; lse: [rows, heads], of the scores times tau: max + log(sum) of the
 // online softmax.
-template <class T>
+template <class T, class Sum = ChainSum<T>>
 void attention_forward(const AttentionShape& s, T tau, const AttentionInputs<const T>& in,
                        Grid<T> out, Grid<T> lse) {
   std::vector<T> scores;
@@ -83,12 +84,13 @@ void attention_forward(const AttentionShape& s, T tau, const AttentionInputs<con
       const int64_t first = s.first_key[t];
       scores.clear();
       for (int64_t j = first; j <= t; ++j)
-        scores.push_back(tau * attention_detail::score(s, in, t, j, head));
+        scores.push_back(tau * attention_detail::score<T, Sum>(s, in, t, j, head));
       const auto sums = attend<T>(
           t - first + 1, s.key_block, T{1},
           [&](int64_t j) { return scores[static_cast<size_t>(j)]; },
           [&](int64_t j, int64_t i) { return in.v(first + j, head * s.d_v + i); },
-          [](T p) { return p; }, std::span<T>(&out(t, head * s.d_v), static_cast<size_t>(s.d_v)));
+          [](T p) { return p; }, std::span<T>(&out(t, head * s.d_v), static_cast<size_t>(s.d_v)),
+          Sum{});
       lse(t, head) = sums.max + log(sums.sum);
     }
 }
@@ -114,6 +116,65 @@ void attention_backward(const AttentionShape& s, T tau, const AttentionInputs<co
     for (int64_t t = 0; t < s.rows; ++t)
       for (int64_t i = 0; i < s.d_rope; ++i)
         grad.k_rope(t, i) += head_dk_rope(t, i);
+  }
+}
+
+// The same with BF16 products: operands rounded, the weights and their gradients among them, pairs
+// counted from a sample's first row. The softmax itself stays in F32.
+inline void attention_backward_bf16(const AttentionShape& s, float tau,
+                                    const AttentionInputs<const float>& in, Grid<const float> out,
+                                    Grid<const float> lse, Grid<const float> dout,
+                                    const AttentionInputs<float>& grad) {
+  const int64_t d_qk = s.d_nope + s.d_rope;
+  const Bf16Sum sum;
+  std::vector<float> memory(static_cast<size_t>(2 * s.rows * s.rows));
+  const Grid<float> p{memory.data(), s.rows}, ds{memory.data() + s.rows * s.rows, s.rows};
+  const auto end_of = [&](int64_t row) { // of the sample
+    int64_t end = row;
+    while (end < s.rows && s.first_key[end] == s.first_key[row])
+      ++end;
+    return end;
+  };
+  for (int64_t t = 0; t < s.rows; ++t)
+    std::fill_n(&grad.k_rope(t, 0), s.d_rope, 0.0f);
+  for (int64_t head = 0; head < s.heads; ++head) {
+    const int64_t q_at = head * d_qk, k_at = head * s.d_nope, v_at = head * s.d_v;
+    std::fill(memory.begin(), memory.end(), 0.0f);
+    for (int64_t t = 0; t < s.rows; ++t) {
+      const float delta = lanes<float>(
+          s.d_v, [&](int64_t i) { return dout(t, v_at + i); },
+          [&](int64_t i) { return out(t, v_at + i); });
+      for (int64_t j = s.first_key[t]; j <= t; ++j) {
+        const float score = attention_detail::score<float, Bf16Sum>(s, in, t, j, head);
+        const float dp = sum(
+            s.d_v, [&](int64_t i) { return in.v(j, v_at + i); },
+            [&](int64_t i) { return dout(t, v_at + i); });
+        p(t, j) = exp(tau * score - lse(t, head));
+        ds(t, j) = tau * (p(t, j) * (dp - delta));
+      }
+    }
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const int64_t first = s.first_key[r], keys = r - first + 1, queries = end_of(r) - first;
+      for (int64_t i = 0; i < s.d_v; ++i)
+        grad.v(r, v_at + i) = sum(
+            queries, [&](int64_t t) { return p(first + t, r); },
+            [&](int64_t t) { return dout(first + t, v_at + i); });
+      for (int64_t i = 0; i < d_qk; ++i) {
+        const bool nope = i < s.d_nope;
+        grad.q(r, q_at + i) = sum(
+            keys, [&](int64_t j) { return ds(r, first + j); },
+            [&](int64_t j) {
+              return nope ? in.k_nope(first + j, k_at + i) : in.k_rope(first + j, i - s.d_nope);
+            });
+        const float dk = sum(
+            queries, [&](int64_t t) { return ds(first + t, r); },
+            [&](int64_t t) { return in.q(first + t, q_at + i); });
+        if (nope)
+          grad.k_nope(r, k_at + i) = dk;
+        else
+          grad.k_rope(r, i - s.d_nope) += dk;
+      }
+    }
   }
 }
 

@@ -50,4 +50,14 @@ template <class A, class B>
   return acc;
 }
 
+// From zero, of any operands: a Sum of kernels/reference_math.hpp.
+struct Bf16Sum {
+  template <class A, class B>
+  [[nodiscard]] float operator()(int64_t n, A a, B b) const {
+    return bf16_chain(
+        0.0f, n, [&](int64_t i) { return bf16_operand(a(i)); },
+        [&](int64_t i) { return bf16_operand(b(i)); });
+  }
+};
+
 } // namespace troupe::reference

@@ -44,6 +44,15 @@ template <class T, class X, class W>
   return sum;
 }
 
+// How a product of two rows is summed: the default of what takes a Sum.
+template <class T>
+struct ChainSum {
+  template <class X, class W>
+  [[nodiscard]] T operator()(int64_t n, X x, W w) const {
+    return chain<T>(0, n, x, w);
+  }
+};
+
 // A binary tree over adjacent pairs; the number of parts is a power of two. Destroys the parts.
 template <class T>
 [[nodiscard]] T tree(std::span<T> parts) {
@@ -93,10 +102,11 @@ struct SoftmaxSums {
 };
 
 // One query's softmax over keys 0 … num_keys - 1, online in blocks of `block` keys: score(j) is
-// q·k_j, value(j, i) element i of its value; `round` rounds a weight before it meets the values.
-template <class T, class Score, class Value, class Round>
+// q·k_j, value(j, i) element i of its value; `round` rounds a weight before it meets the values,
+// `add` sums a block's products.
+template <class T, class Score, class Value, class Round, class Sum = ChainSum<T>>
 SoftmaxSums<T> attend(int64_t num_keys, int64_t block, T tau, Score score, Value value, Round round,
-                      std::span<T> out) {
+                      std::span<T> out, Sum add = {}) {
   std::fill(out.begin(), out.end(), T{0});
   std::vector<T> p(static_cast<size_t>(block));
   T max = kMinusInf<T>, sum = 0;
@@ -116,8 +126,8 @@ SoftmaxSums<T> attend(int64_t num_keys, int64_t block, T tau, Score score, Value
     }
     sum = sum * rescale + block_sum;
     for (size_t i = 0; i < out.size(); ++i) {
-      const T part = chain<T>(
-          0, static_cast<int64_t>(n), [&](int64_t j) { return round(p[static_cast<size_t>(j)]); },
+      const T part = add(
+          static_cast<int64_t>(n), [&](int64_t j) { return round(p[static_cast<size_t>(j)]); },
           [&](int64_t j) { return value(first + j, static_cast<int64_t>(i)); });
       out[i] = out[i] * rescale + part;
     }

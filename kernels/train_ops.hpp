@@ -123,7 +123,7 @@ struct AttentionTask {
   int64_t k_rope_stride = 0;
   float* out = nullptr;
   float* lse = nullptr;
-  bool round = false; // of out; of dq, dkv, dk_rope
+  bool round = false; // BF16 products; out, dq, dkv and dk_rope are rounded
   // backward
   const float* dout = nullptr;
   float* dq = nullptr;      // like q

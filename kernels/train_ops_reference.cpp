@@ -257,21 +257,27 @@ ref::AttentionInputs<const float> inputs(const AttentionTask& t, const KeysAndVa
 
 void attention(const AttentionTask& t, TrainScratch&, Workers&) {
   const auto parts = split(t);
-  ref::attention_forward<float>(shape_of(t), t.tau, inputs(t, parts), {t.out, t.heads * t.d_v},
-                                {t.lse, t.heads});
-  for (int64_t i = 0; i < t.rows * t.heads * t.d_v && t.round; ++i)
+  const auto run = [&](auto forward) {
+    forward(shape_of(t), t.tau, inputs(t, parts), Grid<float>{t.out, t.heads * t.d_v},
+            Grid<float>{t.lse, t.heads});
+  };
+  if (!t.round)
+    return run(ref::attention_forward<float>);
+  run(ref::attention_forward<float, ref::Bf16Sum>);
+  for (int64_t i = 0; i < t.rows * t.heads * t.d_v; ++i)
     t.out[i] = bf16(t.out[i]);
 }
 
 void attention_backward(const AttentionTask& t, TrainScratch&, Workers&) {
   const auto parts = split(t);
   auto grads = parts; // of the same sizes
-  ref::attention_backward<float>(shape_of(t), t.tau, inputs(t, parts), {t.out, t.heads * t.d_v},
-                                 {t.lse, t.heads}, {t.dout, t.heads * t.d_v},
-                                 {{t.dq, t.heads * (t.d_nope + t.d_rope)},
-                                  {grads.k_nope.data(), t.heads * t.d_nope},
-                                  {t.dk_rope, t.d_rope},
-                                  {grads.v.data(), t.heads * t.d_v}});
+  const auto backward = t.round ? ref::attention_backward_bf16 : ref::attention_backward<float>;
+  backward(shape_of(t), t.tau, inputs(t, parts), {t.out, t.heads * t.d_v}, {t.lse, t.heads},
+           {t.dout, t.heads * t.d_v},
+           {{t.dq, t.heads * (t.d_nope + t.d_rope)},
+            {grads.k_nope.data(), t.heads * t.d_nope},
+            {t.dk_rope, t.d_rope},
+            {grads.v.data(), t.heads * t.d_v}});
   const float *k = grads.k_nope.data(), *v = grads.v.data();
   for (float* out = t.dkv; out < t.dkv + t.rows * t.heads * (t.d_nope + t.d_v);) {
     out = std::copy_n(k, t.d_nope, out);

@@ -218,7 +218,7 @@ void bench_products(const TrainOps& ops, ComputeStream& stream, TrainPrecision p
 
 void bench_attention(const TrainOps& ops, ComputeStream& stream, const char* name, int64_t samples,
                      int64_t length, int64_t heads, int64_t d_nope, int64_t d_rope, int64_t d_v,
-                     double peak) {
+                     bool round, double peak) {
   Random random{4};
   const int64_t rows = samples * length;
   const auto floats = [&](int64_t n) {
@@ -235,7 +235,7 @@ void bench_attention(const TrainOps& ops, ComputeStream& stream, const char* nam
        dout = out, dq = q, dkv = kv, dk_rope = rope;
   AttentionTask t{rows,         heads,    d_nope,      d_rope,      d_v,        0.1f,
                   first.data(), q.data(), kv.data(),   rope.data(), d_rope,     out.data(),
-                  lse.data(),   false,    dout.data(), dq.data(),   dkv.data(), dk_rope.data()};
+                  lse.data(),   round,    dout.data(), dq.data(),   dkv.data(), dk_rope.data()};
   TrainScratch scratch{stream.num_threads()};
   double forward = 0, backward = 0;
   on_stream(stream, [&](Workers& workers) {
@@ -247,8 +247,9 @@ void bench_attention(const TrainOps& ops, ComputeStream& stream, const char* nam
                        static_cast<double>(length + 1) / 2;
   const auto qk = static_cast<double>(d_nope + d_rope), v = static_cast<double>(d_v);
   const double f = 2e-9 * pairs * (qk + v), b = 2e-9 * pairs * (3 * qk + 2 * v);
-  std::printf("| %-26s | %8.0f | %6.1f | %8.0f | %6.1f | %5.2f |\n", name, forward * 1e6,
-              f / forward, backward * 1e6, b / backward, (f + b) / (forward + backward) / peak);
+  std::printf("| %s, %-26s | %8.0f | %6.1f | %8.0f | %6.1f | %5.2f |\n", round ? "BF16" : "F32 ",
+              name, forward * 1e6, f / forward, backward * 1e6, b / backward,
+              (f + b) / (forward + backward) / peak);
   std::fflush(stdout);
 }
 
@@ -359,9 +360,17 @@ int main(int argc, char** argv) {
   if (wanted("attention")) {
     std::printf("\n| attention                  | forward µs | GFLOP/s | backward µs | GFLOP/s | "
                 "share |\n| --- | --- | --- | --- | --- | --- |\n");
-    bench_attention(*ops, *stream, "2 of 256, 8 heads 32+16/32", 2, 256, 8, 32, 16, 32, f32);
-    bench_attention(*ops, *stream, "4 of 128, 4 heads 48+16/64", 4, 128, 4, 48, 16, 64, f32);
-    bench_attention(*ops, *stream, "1 of 1024, 4 heads 128+64/128", 1, 1024, 4, 128, 64, 128, f32);
+    for (const bool round : {false, true}) {
+      const double peak = round ? bf16 : f32;
+      const auto run = [&](const char* name, int64_t samples, int64_t length, int64_t heads,
+                           int64_t d_nope, int64_t d_rope, int64_t d_v) {
+        bench_attention(*ops, *stream, name, samples, length, heads, d_nope, d_rope, d_v, round,
+                        peak);
+      };
+      run("2 of 256, 8 heads 32+16/32", 2, 256, 8, 32, 16, 32);
+      run("4 of 128, 4 heads 48+16/64", 4, 128, 4, 48, 16, 64);
+      run("1 of 1024, 4 heads 128+64/128", 1, 1024, 4, 128, 64, 128);
+    }
   }
   if (wanted("rows")) {
     std::printf("\n| rows of 512 x 256, vocabulary 8192 | µs | ns per element |\n"

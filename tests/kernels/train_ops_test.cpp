@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -501,6 +502,56 @@ TEST_CASE("attention has the reference's bits, forward and backward, for samples
         }
       });
     }
+}
+
+TEST_CASE("attention in BF16 is attention in F32 up to its operands' rounding") {
+  Random random{21};
+  const int64_t rows = 90, heads = 2, d_nope = 12, d_rope = 4, d_v = 20;
+  std::vector<int32_t> first_key(static_cast<size_t>(rows), 0);
+  std::fill(first_key.begin() + 70, first_key.end(), 70);
+  const auto q = plain_floats(random, rows * heads * (d_nope + d_rope)),
+             kv = plain_floats(random, rows * heads * (d_nope + d_v)),
+             rope = plain_floats(random, rows * d_rope),
+             dout = plain_floats(random, rows * heads * d_v);
+  const auto run = [&](bool round) {
+    Reference reference;
+    std::array<Floats, 5> r{dout, Floats(static_cast<size_t>(rows * heads)), q, kv, rope};
+    AttentionTask t;
+    t.rows = rows;
+    t.heads = heads;
+    t.d_nope = d_nope;
+    t.d_rope = d_rope;
+    t.d_v = d_v;
+    t.tau = 0.4f;
+    t.first_key = first_key.data();
+    t.q = q.data();
+    t.kv = kv.data();
+    t.k_rope = rope.data();
+    t.k_rope_stride = d_rope;
+    t.out = r[0].data();
+    t.lse = r[1].data();
+    t.round = round;
+    t.dout = dout.data();
+    t.dq = r[2].data();
+    t.dkv = r[3].data();
+    t.dk_rope = r[4].data();
+    reference.ops.attention(t, reference.scratch, reference.team);
+    reference.ops.attention_backward(t, reference.scratch, reference.team);
+    return r;
+  };
+  const auto exact = run(false), rounded = run(true);
+  for (size_t i = 0; i < exact.size(); ++i) {
+    CAPTURE(i);
+    // An operand is off by 2^-9 of itself, a weight's gradient by a few times that; 1/64 of the
+    // largest element leaves room for sums of some dozen terms, and no wrong formula passes.
+    float largest = 0, off = 0;
+    for (size_t e = 0; e < exact[i].size(); ++e) {
+      largest = std::max(largest, std::abs(exact[i][e]));
+      off = std::max(off, std::abs(exact[i][e] - rounded[i][e]));
+    }
+    CHECK(off <= largest / 64);
+    CHECK(off > 0);
+  }
 }
 
 TEST_CASE("the loss and its gradient have the reference's bits, rows without target included") {
