@@ -113,7 +113,7 @@ private:
   void take_line(Child& child, const std::string& line);
   void tell(Child& child, const std::string& line);
   void tell_seed();
-  bool tell_client();
+  void tell_client();
   void begin_stop(int code);
   void blame(Blame blame, const std::string& text, int code);
   [[nodiscard]] std::string nearest_cause() const;
@@ -175,10 +175,11 @@ void Running::child(RankId rank, int fd, pid_t agent) {
     close(other.fd);
   close(signal_fd_);
   sigprocmask(SIG_SETMASK, &old_mask_, nullptr);
-  // The terminal's Ctrl-C goes to the whole group; children leave when the agent says so.
+  // The terminal's Ctrl-C goes to the whole group, a launcher's SIGTERM to all its processes;
+  // children leave when the agent says so.
   for (const int s : {SIGINT, SIGHUP, SIGPIPE})
     signal(s, SIG_IGN);
-  if (rank.valid())
+  if (rank.valid() || options_.client_ends_run)
     signal(SIGTERM, SIG_IGN);
   AgentChannel channel{fd};
   int code = 1;
@@ -287,7 +288,8 @@ void Running::read_signals() {
     const int s = static_cast<int>(info.ssi_signo);
     if (s == SIGCHLD)
       continue;
-    if (!stopping_ && !interrupted_ && options_.client_ends_run && s != SIGHUP && tell_client()) {
+    if (!stopping_ && !interrupted_ && options_.client_ends_run && s != SIGHUP) {
+      tell_client();
       interrupted_ = true;
       continue;
     }
@@ -459,14 +461,11 @@ void Running::tell_seed() {
     tell(c, "seed " + *seed_);
 }
 
-// False: there is none to tell.
-bool Running::tell_client() {
+// Of a launcher's tasks all get the signal, and one has the client.
+void Running::tell_client() {
   for (auto& c : children_)
-    if (c.alive && !c.rank.valid()) {
+    if (c.alive && !c.rank.valid())
       tell(c, "interrupt");
-      return true;
-    }
-  return false;
 }
 
 void Running::begin_stop(int code) {
@@ -482,7 +481,7 @@ void Running::begin_stop(int code) {
       continue;
     tell(c, "stop");
     if (!c.rank.valid())
-      kill(c.pid, SIGTERM);
+      kill(c.pid, options_.client_ends_run ? SIGKILL : SIGTERM);
   }
 }
 

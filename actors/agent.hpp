@@ -68,8 +68,8 @@ struct AgentOptions {
   std::function<void(int64_t bytes)> on_loading;
   // Called once when all ranks of this host are ready (launch prints where to attach).
   std::function<void(const std::string& seed)> on_ready;
-  // The first SIGINT or SIGTERM goes to the client, which brings its work to an end; from the
-  // second on they stop the run.
+  // The first SIGINT or SIGTERM goes to the client, wherever it is, which brings its work to an
+  // end; from the second on they stop the run.
   bool client_ends_run = false;
   int stop_timeout_ms = 5000; // how long a clean stop may take
   int stopped_rank_ms = 4000; // how long a rank may be stopped (SIGSTOP) until it counts as lost

@@ -142,14 +142,17 @@ TEST_CASE("a signal ends a run after its step, and it goes on from there to the 
   const auto whole = f.path("whole"), parts = f.path("parts");
   const auto command = [&](const std::string& out, const std::string& steps,
                            std::vector<std::string> more) {
-    more.insert(more.end(), {"--steps", steps, "--out", out, "--keep", "0", "-q"});
+    more.insert(more.end(), {"--steps", steps, "--out", out, "-q"});
     return f.command(more);
   };
   int64_t stopped = 0;
-  {
-    Program program{command(parts, "100000", {"--pp", "2"})};
-    await_lines(parts + "/log.jsonl", 2);
-    program.signal_all(SIGINT);
+  for (const int signal : {SIGINT, SIGTERM}) { // to all processes, as terminals and launchers do
+    std::vector<std::string> more{"--pp", "2"};
+    if (stopped > 0)
+      more.push_back("--resume");
+    Program program{command(parts, "100000", more)};
+    await_lines(parts + "/log.jsonl", static_cast<size_t>(stopped) + 2);
+    program.signal_all(signal);
     const auto ended = program.finish();
     CAPTURE(ended.err);
     CHECK(ended.code == 0);
@@ -175,6 +178,29 @@ TEST_CASE("a signal ends a run after its step, and it goes on from there to the 
       const auto same = fs::path{parts} / "latest" / fs::relative(entry.path(), whole + "/latest");
       CHECK(bytes_of(entry.path()) == bytes_of(same));
     }
+}
+
+TEST_CASE("tasks of a launcher save together when all are told to end") {
+  const TrainFolder f;
+  const auto out = f.path("out");
+  std::string command;
+  for (const auto& word : f.command({"--pp", "2", "--steps", "100000", "--out", out, "-q"}))
+    command += " " + word;
+  const std::string script =
+      "trap : TERM; for i in 0 1; do RANK=$i WORLD_SIZE=2 LOCAL_RANK=$i LOCAL_WORLD_SIZE=2 "
+      "MASTER_ADDR=127.0.0.1 MASTER_PORT=29473 " TROUPE_PROGRAM +
+      command +
+      " & pids=\"$pids $!\"; done; for p in $pids; do wait $p; rc=$?; "
+      "while kill -0 $p 2>/dev/null; do wait $p; rc=$?; done; echo rc=$rc; done";
+  Program program{{"-c", script}, {}, "bash"};
+  await_lines(out + "/log.jsonl", 2);
+  program.signal_all(SIGTERM);
+  const auto ended = program.finish();
+  CAPTURE(ended.err);
+  CHECK(ended.out == "rc=0\nrc=0\n");
+  CHECK(ended.left_behind == 0);
+  const auto step = read_log(out + "/log.jsonl").back().at("step").as_int64();
+  CHECK(fs::read_symlink(out + "/latest").string().ends_with(std::to_string(step)));
 }
 
 TEST_CASE("a second signal ends a run at once") {
