@@ -276,6 +276,26 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   return make_error(Errc::io_error, error.what());
 }
 
+std::vector<int64_t> train_memory_bytes(const TrainConfig& config, const TrainPlan& plan) {
+  const auto num_ranks = static_cast<size_t>(plan.num_ranks());
+  std::vector<int64_t> elements(num_ranks, 0);
+  for (size_t r = 0; r < num_ranks; ++r)
+    for (int32_t p = 0; p < num_phases(plan.kind()); ++p) {
+      const RankId rank{static_cast<int32_t>(r)};
+      const StageLayout layout{plan.config, plan.share(rank, p)};
+      const auto directions = static_cast<int64_t>(plan.directions(rank, p).size());
+      elements[r] +=
+          layout.num_values() + directions * (plan.lanes_per_column() * layout.num_dense() +
+                                              plan.groups_per_copy() * layout.num_expert());
+    }
+  const int64_t arenas = config.ema > 0 ? 4 : 3; // masters, two moments, the average
+  for (const auto& tensor : plan_tensors(plan))
+    elements[static_cast<size_t>(tensor.owner.value)] += arenas * tensor.spec.num_elements();
+  for (auto& n : elements)
+    n *= int64_t{sizeof(float)};
+  return elements;
+}
+
 size_t train_credit_bytes(const TrainSetup& setup) {
   // A chunk's dispatch and answer, to and from a peer, for every chunk that may be alive, and the
   // rows between stages; of the optimizer a window. Half as much again, as credit returns late.

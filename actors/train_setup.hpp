@@ -41,6 +41,10 @@ load_train_setup(const TrainConfig& config);
 // Settings that change what comes out, for state.json. Layout and threads are not among them.
 [[nodiscard]] boost::json::object settings_json(const TrainConfig& config);
 
+// Memory of each rank's weights, gradients and optimizer: the least it takes.
+[[nodiscard]] std::vector<int64_t> train_memory_bytes(const TrainConfig& config,
+                                                      const TrainPlan& plan);
+
 // What travels between two ranks at most, and what all of it together may take.
 [[nodiscard]] size_t train_credit_bytes(const TrainSetup& setup);
 [[nodiscard]] size_t train_pool_bytes(const TrainSetup& setup);

@@ -17,6 +17,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdlib>
@@ -25,6 +26,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <thread>
 
@@ -94,9 +96,26 @@ void end_gently() {
     sigaction(s, &action, nullptr);
 }
 
+// The least of what training takes; activations and messages come on top.
+caf::error check_training_fits(const TrainConfig& config, const TrainPlan& plan,
+                               int32_t local_ranks) {
+  auto bytes = train_memory_bytes(config, plan);
+  std::ranges::sort(bytes); // which of them are local, a launcher decides
+  bytes.resize(std::min(bytes.size(), static_cast<size_t>(local_ranks)));
+  const auto needed = std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
+  const auto available = available_memory();
+  if (needed <= available)
+    return {};
+  return make_error(Errc::out_of_memory,
+                    fmt::format("weights, gradients and optimizer of {} rank(s) on this host take "
+                                "at least {}, {} of memory are available",
+                                local_ranks, bytes_text(needed), bytes_text(available)));
+}
+
 caf::error resolve_training(SessionOptions& o) {
   const auto& setup = *o.cluster.train;
-  if (auto plan = plan_of(setup.config, setup.model); !plan)
+  auto plan = plan_of(setup.config, setup.model);
+  if (!plan)
     return plan.error();
   o.cluster.shape.num_ranks = setup.config.num_ranks();
   if (o.cluster.local_ranks == 0)
@@ -105,7 +124,7 @@ caf::error resolve_training(SessionOptions& o) {
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     o.cluster.num_threads = std::max(1, cores / o.cluster.local_ranks);
   }
-  return {};
+  return check_training_fits(setup.config, *plan, o.cluster.local_ranks);
 }
 
 // Everything that can be wrong is found here, once, before any process starts.

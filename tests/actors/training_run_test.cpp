@@ -317,6 +317,28 @@ TEST_CASE("a run gives the same bits on every layout and schedule") {
   }
 }
 
+TEST_CASE("held-out rows are judged as a step judges them") {
+  const Workshop shop;
+  auto config = shop.config();
+  config.lr = 0;
+  config.bias_gamma.first = 0;
+  config.steps = 2; // once through the sixteen rows
+  config.held_out = config.tokens;
+  const auto ran = simulate(config).records;
+  REQUIRE(ran.size() == 3);
+  REQUIRE(ran[2].evaluated);
+  const auto mean = [&](auto field) { return (field(ran[0]) + field(ran[1])) / 2; };
+  CHECK(ran[2].main_loss ==
+        doctest::Approx(mean([](const auto& r) { return r.main_loss; })).epsilon(1e-12));
+  CHECK(ran[2].mtp_loss[1] ==
+        doctest::Approx(mean([](const auto& r) { return r.mtp_loss[1]; })).epsilon(1e-12));
+  CHECK(ran[2].total_loss ==
+        doctest::Approx(mean([](const auto& r) { return r.total_loss; })).epsilon(1e-12));
+  for (size_t l = 0; l < ran[2].load.size(); ++l)
+    for (size_t e = 0; e < ran[2].load[l].size(); ++e)
+      CHECK(ran[2].load[l][e] == ran[0].load[l][e] + ran[1].load[l][e]);
+}
+
 TEST_CASE("a run in threads gives the bits of a simulated one") {
   const Workshop shop;
   auto config = shop.config();

@@ -282,6 +282,8 @@ TEST_CASE("settings that can't be are refused before anything starts") {
   fs::create_directory(f.path("empty"));
   check_refused(train("--init", "tiny-v3", "empty"), "empty");
 
+  refused({"--init", "v3", "--batch", "8"}, "memory are available");
+
   // Folders of others stay as they are.
   fs::create_directory(f.path("mine"));
   std::ofstream{f.path("mine/config.json")} << "precious";
