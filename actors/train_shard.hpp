@@ -38,8 +38,8 @@ struct WrittenShard {
   std::vector<std::string> tensors; // in the weights file
   int64_t bytes = 0;                // of them
 };
-// Writes a rank's files into `folder` and its subfolders, made where they are missing. A rank that owns nothing
-// writes none. Errors name the file.
+// Writes a rank's files into `folder` and its subfolders, made where they are missing. A rank that
+// owns nothing writes none. Errors name the file.
 [[nodiscard]] caf::expected<WrittenShard>
 write_shard(const std::filesystem::path& folder, RankId rank, int32_t num_ranks,
             ComputePrecision compute, const ModelConfig& config, int64_t num_mtp_layers,
