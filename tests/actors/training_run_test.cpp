@@ -378,14 +378,18 @@ TEST_CASE("a resumed run goes on to the bit, on another layout too") {
     config.compute = compute;
     config.steps = 5;
     config.ema = 0.9;
+    config.save_every = 2;
+    config.keep = 0;
     config.out = shop.path("whole");
-    const auto whole = simulate(config);
+    const auto whole = simulate(config, 3);
     REQUIRE(whole.records.size() == 5);
 
     config.out = shop.path("parts");
     config.steps = 2;
     set_layout(config, {kDualPipe, 2, 1, 1});
     auto parts = simulate(config).records;
+    // One was written while later steps ran, the other at the end.
+    check_same_tensors(config.out / "step-00000002", shop.path("whole/step-00000002"));
     config.resume = true;
     config.steps = 5;
     set_layout(config, {kDualPipe, 2, 2, 1});
