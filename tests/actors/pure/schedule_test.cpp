@@ -15,8 +15,11 @@ namespace {
 
 std::string text_of(const Program& program) {
   std::string text;
-  for (const auto& op : program)
-    text += (text.empty() ? "" : " ") + to_string(op);
+  for (const auto& op : program) {
+    if (!text.empty())
+      text += ' ';
+    text += to_string(op);
+  }
   return text;
 }
 

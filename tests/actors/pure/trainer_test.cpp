@@ -65,9 +65,8 @@ TEST_CASE("of layers without finite numbers the first is told, the one that bega
 
 TEST_CASE("the norm adds tensors by name, whoever owns them") {
   std::vector<PlannedTensor> tensors(3);
-  tensors[0].spec.name = "c";
-  tensors[1].spec.name = "a";
-  tensors[2].spec.name = "b";
+  for (size_t t = 0; t < tensors.size(); ++t)
+    tensors[t].spec.name = std::string(1, "cab"[t]);
   std::vector<GradientNorms> norms(2);
   norms[0].sums = {{0, -1e16}, {1, 1}}; // no sums of squares, but they show the order
   norms[1].sums = {{2, 1e16}};
