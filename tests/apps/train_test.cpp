@@ -59,10 +59,11 @@ private:
   fs::path folder_;
 };
 
+// Whole lines; the last may be under way.
 std::vector<json::object> read_log(const std::string& path) {
   std::vector<json::object> lines;
   std::ifstream file{path};
-  for (std::string line; std::getline(file, line);)
+  for (std::string line; std::getline(file, line) && !file.eof();)
     lines.push_back(json::parse(line).as_object());
   return lines;
 }
@@ -222,6 +223,37 @@ TEST_CASE("a second signal ends a run at once") {
     CHECK(ended.code != 0);
     CHECK(ended.left_behind == 0);
   }
+}
+
+TEST_CASE("a rank that dies ends the run, and it goes on from the checkpoint before") {
+  const TrainFolder f;
+  const auto out = f.path("out");
+  const auto command = [&](const std::string& steps, std::vector<std::string> more) {
+    more.insert(more.end(),
+                {"--pp", "2", "--steps", steps, "--save-every", "1", "--out", out, "-q"});
+    return f.command(more);
+  };
+  {
+    Program program{command("100000", {})};
+    await_lines(out + "/log.jsonl", 4);
+    const auto children = program.children();
+    REQUIRE(children.size() == 3); // two ranks and the client
+    kill(children[1], SIGKILL);
+    const auto ended = program.finish();
+    CAPTURE(ended.err);
+    CHECK(ended.code == 1);
+    CHECK(ended.err.find("rank 1 was lost") != std::string::npos);
+    CHECK(std::count(ended.err.begin(), ended.err.end(), '\n') == 1);
+    CHECK(ended.left_behind == 0);
+  }
+  const auto latest = fs::read_symlink(out + "/latest").string();
+  const auto step = std::stoll(latest.substr(latest.find('-') + 1));
+  CHECK(step > 1);
+  REQUIRE(run(command(std::to_string(step + 1), {"--resume"})).code == 0);
+  const auto lines = read_log(out + "/log.jsonl");
+  REQUIRE(lines.size() == static_cast<size_t>(step) + 1); // steps that were not saved are gone
+  for (size_t i = 0; i < lines.size(); ++i)
+    CHECK(lines[i].at("step").as_int64() == static_cast<int64_t>(i) + 1);
 }
 
 TEST_CASE("a disk that is full ends a run, and the checkpoint before stays") {
