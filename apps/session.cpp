@@ -230,6 +230,8 @@ int client_main(AgentChannel& agent, const std::string& token, const TlsFiles& t
     const auto line = agent.hear();
     if (!line || *line == "stop")
       return 1;
+    if (*line == "interrupt")
+      interrupt_wanted = true;
     if (line->starts_with("seed "))
       seed = line->substr(5);
   }

@@ -195,13 +195,16 @@ int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
     fmt::print(stderr, "troupe: warning: {}\n", warning);
   TrainProgress progress{!o.quiet && !o.json};
   TrainRecord last, held_out;
-  const auto done = client.train(
-      [&](const TrainRecord& record) {
-        log->add(record);
-        progress.show(record);
-        (record.evaluated ? held_out : last) = record;
-      },
-      interrupted);
+  caf::expected<TrainingDone> done{
+      TrainingDone{0, {}, setup.first_step - 1, setup.resume_from.string()}};
+  if (!interrupted()) // while it loaded
+    done = client.train(
+        [&](const TrainRecord& record) {
+          log->add(record);
+          progress.show(record);
+          (record.evaluated ? held_out : last) = record;
+        },
+        interrupted);
   progress.clear();
   if (!done)
     return complain(done.error());
@@ -223,8 +226,7 @@ int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
   } else if (!o.quiet) {
     fmt::print(stderr, "{} after step {}{}\n",
                done->step < last.num_steps || interrupted() ? "Stopped" : "Done", done->step,
-               done->checkpoint.empty() ? "; no --out, so nothing is kept"
-                                        : ": " + done->checkpoint);
+               done->checkpoint.empty() ? "; nothing is kept" : ": " + done->checkpoint);
   }
   return 0;
 }

@@ -204,6 +204,24 @@ TEST_CASE("tasks of a launcher save together when all are told to end") {
   CHECK(fs::read_symlink(out + "/latest").string().ends_with(std::to_string(step)));
 }
 
+TEST_CASE("a signal while ranks load ends the run, too") {
+  const TrainFolder f;
+  for (int i = 1; i <= 8; ++i) {
+    const auto out = f.path("out" + std::to_string(i));
+    Program program{f.command({"--pp", "2", "--steps", "100000", "--out", out, "-q"})};
+    // Since ranks are there, signals are handled.
+    while (program.children().size() < 3)
+      usleep(100);
+    usleep(static_cast<useconds_t>(i) * 7'000);
+    kill(program.pid(), SIGINT);
+    const auto ended = program.finish();
+    CAPTURE(ended.err);
+    CHECK_FALSE(ended.timed_out);
+    CHECK(ended.code == 0);
+    CHECK(ended.left_behind == 0);
+  }
+}
+
 TEST_CASE("a second signal ends a run at once") {
   const TrainFolder f;
   for (const std::string fabric : {"ucx", "loopback"}) {
