@@ -138,6 +138,7 @@ SimulatedCluster::start_training(const SimulatedClusterOptions& options) {
 
 std::unique_ptr<ComputeStream> SimulatedCluster::make_stream() {
   return make_inline_stream(
+      clock_,
       [this](Nanoseconds delay, std::function<void()> done) {
         events_.schedule(delay, std::move(done));
       },

@@ -209,27 +209,33 @@ private:
 // Runs a job where it is started; its end is an event of the simulation.
 class InlineStream final : public ComputeStream {
 public:
-  InlineStream(std::function<void(Nanoseconds, std::function<void()>)> schedule,
+  InlineStream(const Clock& clock, std::function<void(Nanoseconds, std::function<void()>)> schedule,
                std::function<Nanoseconds(const char*)> cost)
-      : schedule_(std::move(schedule)), cost_(std::move(cost)), queue_(std::make_shared<Queue>()) {}
+      : clock_(clock), schedule_(std::move(schedule)), cost_(std::move(cost)),
+        queue_(std::make_shared<Queue>()) {}
   void start(const char* name, Job job, std::function<void(const JobTiming&)> done) override {
     InlineWorkers workers;
     job(workers);
-    queue_->waiting.push_back(std::move(done));
+    queue_->waiting.push_back({std::move(done), clock_.now()});
     // Whichever end comes due first is the oldest job's: jobs end in the order they started.
-    schedule_(cost_(name), [queue = queue_] {
-      auto end = std::move(queue->waiting.front());
+    schedule_(cost_(name), [queue = queue_, &clock = clock_] {
+      auto ended = std::move(queue->waiting.front());
       queue->waiting.pop_front();
-      if (end)
-        end(JobTiming{});
+      if (ended.done)
+        ended.done(JobTiming{ended.started, ended.started, clock.now()});
     });
   }
   [[nodiscard]] int num_threads() const override { return 1; }
 
 private:
   struct Queue {
-    std::deque<std::function<void(const JobTiming&)>> waiting;
+    struct Started {
+      std::function<void(const JobTiming&)> done;
+      Nanoseconds started;
+    };
+    std::deque<Started> waiting;
   };
+  const Clock& clock_;
   std::function<void(Nanoseconds, std::function<void()>)> schedule_;
   std::function<Nanoseconds(const char*)> cost_;
   std::shared_ptr<Queue> queue_;
@@ -249,9 +255,10 @@ std::unique_ptr<ComputeStream> make_cpu_stream(int num_threads) {
 }
 
 std::unique_ptr<ComputeStream>
-make_inline_stream(std::function<void(Nanoseconds, std::function<void()>)> schedule,
+make_inline_stream(const Clock& clock,
+                   std::function<void(Nanoseconds, std::function<void()>)> schedule,
                    std::function<Nanoseconds(const char*)> cost) {
-  return std::make_unique<InlineStream>(std::move(schedule), std::move(cost));
+  return std::make_unique<InlineStream>(clock, std::move(schedule), std::move(cost));
 }
 
 } // namespace troupe

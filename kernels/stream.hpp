@@ -75,9 +75,10 @@ public:
 [[nodiscard]] std::unique_ptr<ComputeStream> make_cpu_stream(int num_threads);
 
 // A stream for simulations: a job runs at once on the calling thread, its end is scheduled
-// `cost(name)` later. Ends come in the order of the starts.
+// `cost(name)` later. Ends come in the order of the starts. `clock` outlives the scheduled ends.
 [[nodiscard]] std::unique_ptr<ComputeStream>
-make_inline_stream(std::function<void(Nanoseconds delay, std::function<void()> done)> schedule,
+make_inline_stream(const Clock& clock,
+                   std::function<void(Nanoseconds delay, std::function<void()> done)> schedule,
                    std::function<Nanoseconds(const char* name)> cost);
 
 } // namespace troupe

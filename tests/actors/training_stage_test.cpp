@@ -182,6 +182,7 @@ void StageLab::add(RankId self, const TrainConfig& config, const Checkpoint& che
   REQUIRE(fabric);
   m.fabric = std::move(*fabric);
   m.stream = make_inline_stream(
+      clock_,
       [this](Nanoseconds delay, std::function<void()> done) {
         events_.schedule(delay, std::move(done));
       },

@@ -232,6 +232,7 @@ TEST_CASE("an inline stream computes at once and ends when its cost has passed")
   VirtualClock clock;
   std::vector<std::pair<Nanoseconds, std::function<void()>>> events;
   const auto stream = make_inline_stream(
+      clock,
       [&](Nanoseconds delay, std::function<void()> f) {
         events.emplace_back(clock.now() + delay, std::move(f));
       },
@@ -239,7 +240,13 @@ TEST_CASE("an inline stream computes at once and ends when its cost has passed")
   CHECK(stream->num_threads() == 1);
   std::string log;
   const auto job = [&](char c) { return [&log, c](Workers&) { log += c; }; };
-  const auto end = [&](char c) { return [&log, c](const JobTiming&) { log += c; }; };
+  std::vector<Nanoseconds> took;
+  const auto end = [&](char c) {
+    return [&, c](const JobTiming& timing) {
+      log += c;
+      took.push_back(timing.finished - timing.started);
+    };
+  };
   stream->start("slow", job('a'), end('A'));
   stream->start("fast", job('b'), end('B'));
   stream->start("fast", job('c'), nullptr);
@@ -248,17 +255,20 @@ TEST_CASE("an inline stream computes at once and ends when its cost has passed")
   CHECK(events[0].first == Nanoseconds{500});
   events[1].second(); // whichever comes first in time, ends come in the order of the starts
   CHECK(log == "abcA");
+  clock.advance_to(Nanoseconds{500});
   events[2].second();
   events[0].second();
   CHECK(log == "abcAB");
+  CHECK(took == std::vector{Nanoseconds{0}, Nanoseconds{500}});
 }
 
 TEST_CASE("an inline stream may be gone when its ends come due") {
+  VirtualClock clock;
   std::vector<std::function<void()>> events;
   int ends = 0;
   {
     const auto stream = make_inline_stream(
-        [&](Nanoseconds, std::function<void()> f) { events.push_back(std::move(f)); },
+        clock, [&](Nanoseconds, std::function<void()> f) { events.push_back(std::move(f)); },
         [](const char*) { return Nanoseconds{1}; });
     stream->start(
         "job", [](Workers&) {}, [&](const JobTiming&) { ++ends; });
