@@ -217,6 +217,12 @@ void write_table(std::span<std::byte> payload, const DispatchTable& table, RowFo
       static_cast<uint32_t>(row_bytes(format, hidden)), static_cast<uint32_t>(format)};
   const auto layout = dispatch_layout(head);
   std::memcpy(payload.data(), &head, sizeof head);
+  // Gaps too: the memory is a pool's, and what it held before is nobody else's business.
+  const auto clear = [&](size_t from, size_t to) {
+    std::memset(payload.data() + from, 0, to - from);
+  };
+  clear(layout.rows_offset + table.rows.size() * sizeof(DispatchRow), layout.entries_offset);
+  clear(layout.entries_offset + table.entries.size() * sizeof(DispatchEntry), layout.data_offset);
   if (!table.rows.empty())
     std::memcpy(payload.data() + layout.rows_offset, table.rows.data(),
                 table.rows.size() * sizeof(DispatchRow));
