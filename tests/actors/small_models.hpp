@@ -34,9 +34,9 @@ public:
     std::error_code ignored; // a folder that stays behind fails no test
     std::filesystem::remove_all(folder_, ignored);
   }
-  // The tokenizer of the model that comes with the program: 2,048 ids.
+  // The tokenizer of config/models/tiny: 2,048 ids.
   void add_tokenizer() const {
-    const std::filesystem::path from{TROUPE_SOURCE_DIR "/config/models/demo"};
+    const std::filesystem::path from{TROUPE_SOURCE_DIR "/config/models/tiny"};
     for (const auto* name : {"tokenizer.json", "tokenizer_config.json"})
       std::filesystem::copy(from / name, model());
   }

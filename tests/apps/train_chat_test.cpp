@@ -37,7 +37,7 @@ public:
     write_file(folder_ / "chat.jsonl", lines);
     std::vector<std::string> args{"train",
                                   "--init",
-                                  std::string{TROUPE_SOURCE_DIR} + "/config/models/demo",
+                                  std::string{TROUPE_SOURCE_DIR} + "/config/models/tiny",
                                   "--chat",
                                   (folder_ / "chat.jsonl").string(),
                                   "--compute",

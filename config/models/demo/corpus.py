@@ -2,9 +2,8 @@
 
     python3 corpus.py OUT
 
-Packages (installed with `apt-get install`): bible-kjv, debian-handbook, developers-reference,
-python3-doc, wordnet-base. Writes OUT/*.jsonl, a document {"text": …} per line; README.md lists the
-licences.
+Packages (`apt-get install bible-kjv debian-handbook developers-reference`). Writes OUT/*.jsonl, a
+document {"text": …} per line; README.md lists the licences.
 """
 
 import glob
@@ -80,38 +79,6 @@ def pages(pattern):
         yield "\n\n".join(parser.paragraphs)
 
 
-def sections(pattern):
-    """Prose of reStructuredText: paragraphs that are whole sentences, without markup."""
-    for path in sorted(glob.glob(pattern, recursive=True)):
-        kept = []
-        for paragraph in re.split(r"\n\s*\n", pathlib.Path(path).read_text(errors="ignore")):
-            if paragraph.startswith((" ", "..", "\t")) or re.search(r"^[=\-~^*+#]{3,}$", paragraph, re.M):
-                continue
-            text = re.sub(r"\s+", " ", paragraph)
-            text = re.sub(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1", text)
-            text = re.sub(r"`([^`<]*?)(?:\s*<[^`]*>)?`_{0,2}", r"\1", text)
-            text = text.replace("``", "").replace("**", "").replace("*", "").strip()
-            if len(text) > 40 and text[-1] in ".:!?)":
-                kept.append(re.sub(r"::$", ":", text))
-        yield "\n\n".join(kept)
-
-
-def glosses():
-    """Words, what they mean, and how they are used; sixteen entries a document."""
-    entries = []
-    for kind in ("noun", "verb", "adj", "adv"):
-        for line in pathlib.Path(f"/usr/share/wordnet/data.{kind}").read_text().splitlines():
-            if line.startswith(" "):
-                continue
-            head, _, gloss = line.partition(" | ")
-            word = re.sub(r"\(.*\)", "", head.split()[4]).replace("_", " ")
-            meaning = re.split(r'; "', gloss.strip())
-            used = [u.strip('" ;') for u in meaning[1:]]
-            text = f"{word[:1].upper()}{word[1:]}: {meaning[0].strip(' ;')}."
-            entries.append(" ".join([text, *(f"“{u[:1].upper()}{u[1:]}.”" for u in used if u)]))
-    return ["\n".join(entries[i:i + 16]) for i in range(0, len(entries), 16)]
-
-
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -120,8 +87,6 @@ def main():
     write(out, "bible", bible())
     write(out, "handbook", pages("/usr/share/doc/debian-handbook/html/en-US/*.html"))
     write(out, "reference", pages("/usr/share/developers-reference/*.html"))
-    write(out, "python", sections("/usr/share/doc/python3-doc/html/_sources/**/*.rst.txt"))
-    write(out, "wordnet", glosses())
 
 
 if __name__ == "__main__":
