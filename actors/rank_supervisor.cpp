@@ -28,7 +28,9 @@ RankSupervisor::behavior_type rank_supervisor(Self self, const RankContext* cont
   self->state.stats = std::move(stats);
   self->state.on_end = std::move(on_end);
   self->set_down_handler([=](const caf::down_msg& down) {
-    if (!self->state.stopping && down.reason)
+    // Told to shut down by its rank, which is about to tell the supervisor too.
+    const bool told = down.reason == caf::exit_reason::user_shutdown;
+    if (!self->state.stopping && down.reason && !told)
       end(self, with_context("an actor of this rank ended", down.reason));
   });
   return {

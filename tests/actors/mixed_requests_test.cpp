@@ -258,7 +258,9 @@ TEST_CASE("the client of ranks in one process hears of a lost rank, and why") {
   const auto done = (*cluster)->client().wait({});
   REQUIRE_FALSE(done);
   CHECK(code_of(done.error()) == Errc::peer_lost);
-  CHECK(text_of((*cluster)->failure()).find("rank 1 was lost") != std::string::npos);
+  const auto why = text_of((*cluster)->failure());
+  CAPTURE(why);
+  CHECK(why.find("rank 1 was lost") != std::string::npos);
 }
 
 TEST_CASE("nobody but its client cancels a request") {
