@@ -33,7 +33,7 @@ struct AgentNews {
 
 // Listens until the agent is gone; then this process has no business any more. Nor has it when it
 // is told to stop before it serves: nobody waits for it, and joining or loading may take minutes.
-void listen_to_agent(AgentChannel& agent, AgentNews& news) {
+void listen_to_agent(AgentChannel& agent, AgentNews& news, bool stops_cluster) {
   while (const auto line = agent.hear()) {
     const std::lock_guard lock{news.mutex};
     if (line->starts_with("seed "))
@@ -42,8 +42,11 @@ void listen_to_agent(AgentChannel& agent, AgentNews& news) {
       news.stop = true;
       if (!news.host)
         _exit(0);
-      news.host->rank().postman().tell(news.host->rank().context().self, Route::supervisor,
-                                       StopRank{});
+      auto& rank = news.host->rank();
+      if (stops_cluster)
+        rank.postman().tell(rank.context().self, Route::supervisor, StopCluster{});
+      else
+        rank.postman().tell(rank.context().self, Route::supervisor, StopRank{});
     }
     news.changed.notify_all();
   }
@@ -242,7 +245,8 @@ void RankProcess::confess(const caf::error& error) {
 }
 
 caf::error RankProcess::run() {
-  std::thread{[this] { listen_to_agent(agent_, news_); }}.detach();
+  const bool stops_cluster = options_.several_hosts && self_ == RankId{0};
+  std::thread{[this, stops_cluster] { listen_to_agent(agent_, news_, stops_cluster); }}.detach();
   if (auto error = make_host())
     return error;
   auto error = serve();

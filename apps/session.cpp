@@ -544,8 +544,9 @@ caf::error check_tls(const TlsFiles& tls, const std::string& file) {
 }
 
 int run_cluster(SessionOptions o, const std::string& control_host, uint16_t control_port,
-                bool json) {
-  o.cluster.local_ranks = 0;
+                const LocalPart& part, bool json) {
+  const bool all = part.host.empty();
+  o.cluster.local_ranks = all ? 0 : part.num_ranks;
   if (auto error = resolve(o))
     return complain(error);
   if (o.cluster.cluster_token.empty())
@@ -556,9 +557,13 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
   auto process = process_options(o);
   process.control_host = control_host;
   process.control_port = control_port;
+  process.several_hosts = !all;
   AgentOptions agent;
-  for (int32_t r = 0; r < o.cluster.shape.num_ranks; ++r)
-    agent.ranks.push_back(RankId{r});
+  const int32_t first = all ? 0 : part.first_rank;
+  for (int32_t r = 0; r < (all ? o.cluster.shape.num_ranks : part.num_ranks); ++r)
+    agent.ranks.push_back(RankId{first + r});
+  if (first != 0)
+    agent.seed = fmt::format("{}:{}", control_host, control_port);
   agent.rank_main = [&](RankId r, AgentChannel& c) { return rank_process_main(r, process, c); };
   LoadingLine loading;
   agent.on_loading = [&](int64_t bytes) { loading.show(bytes); };
@@ -570,12 +575,17 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
     if (json) {
       boost::json::object ready{
           {"attach", seed}, {"ranks", agent.ranks.size()}, {"model", o.cluster.model}};
+      if (!all)
+        ready["host"] = part.host;
       if (made_token)
         ready["token"] = o.cluster.cluster_token;
       fmt::print("{}\n", boost::json::serialize(ready));
       std::fflush(stdout);
       return;
     }
+    if (!all)
+      fmt::print("Host {}: ranks {} to {} of {}.\n", part.host, first, first + part.num_ranks - 1,
+                 o.cluster.shape.num_ranks);
     fmt::print("{} ranks serve {}. Attach with:\n  troupe generate MODEL --attach {}{} --prompt …\n"
                "Ctrl-C stops the cluster.\n",
                agent.ranks.size(), o.cluster.model, seed,

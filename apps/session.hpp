@@ -55,8 +55,14 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 [[nodiscard]] TlsFiles tls_of(const ControlSpec& control);
 [[nodiscard]] caf::error check_tls(const TlsFiles& tls, const std::string& file);
 
-// Starts a cluster, prints where to attach, and keeps it up until told to stop; for `launch`.
+// Ranks that `launch` starts here: all, or one host's part of several.
+struct LocalPart {
+  std::string host; // empty: all ranks are here
+  int32_t first_rank = 0, num_ranks = 0;
+};
+// Starts a cluster or its part of this host, prints where to attach, and keeps it up until told to
+// stop; for `launch`.
 [[nodiscard]] int run_cluster(SessionOptions options, const std::string& control_host,
-                              uint16_t control_port, bool json);
+                              uint16_t control_port, const LocalPart& part, bool json);
 
 } // namespace troupe

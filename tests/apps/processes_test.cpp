@@ -160,6 +160,61 @@ TEST_CASE("a launched cluster serves clients with its token until it is told to 
   CHECK(o.left_behind == 0);
 }
 
+TEST_CASE("two hosts of one cluster file start, serve and end together") {
+  const Scratch s;
+  const auto file = s.path("c.textproto");
+  std::ofstream{file}
+      << "model: \"model\" ranks: 3 control { token: \"correct horse\" port: 29473 } "
+         "hosts { name: \"one\" ranks: 2 } hosts { name: \"two\" ranks: 1 }";
+  // The second host may come first: it looks for the seed until the join timeout.
+  Program two{{"launch", file, "--host", "two", "--json"}};
+  Program one{{"launch", file, "--host", "one", "--json"}};
+  REQUIRE(one.await_output("\n", std::chrono::seconds{20}));
+  REQUIRE(two.await_output("\n", std::chrono::seconds{20}));
+  CHECK(one.output().find("\"ranks\":2") != std::string::npos);
+  CHECK(two.output().find("\"ranks\":1") != std::string::npos);
+  CHECK(two.output().find("\"host\":\"two\"") != std::string::npos);
+  const auto command = TROUPE_PROGRAM " generate " + s.model + " --tokens 5,7 -n 3 -q --attach " +
+                       file + " >" + s.path("a");
+  CHECK(system(command.c_str()) == 0);
+  kill(one.pid(), SIGTERM);
+  const auto first = one.finish();
+  CHECK(first.code == 128 + SIGTERM);
+  CHECK(first.left_behind == 0);
+  const auto second = two.finish();
+  CHECK(second.code == 0);
+  CHECK(second.err.empty());
+  CHECK(second.left_behind == 0);
+}
+
+TEST_CASE("a host that is none, or whose seed does not answer, is told") {
+  const Scratch s;
+  const auto file = s.path("c.textproto");
+  const std::string hosts = "hosts { name: \"one\" ranks: 1 } hosts { name: \"two\" ranks: 1 }";
+  const std::string start = "model: \"model\" ranks: 2 control { token: \"correct horse\" ";
+  const auto write = [&](const std::string& text) { std::ofstream{file} << text; };
+  write(start + "port: 29474 } " + hosts);
+  auto o = run({"launch", file, "--host", "three"});
+  CHECK(o.code == 2);
+  CHECK(o.err.find("host: \"three\" given, expected one of one, two") != std::string::npos);
+  o = run({"launch", file});
+  CHECK(o.code == 2);
+  CHECK(o.err.find("is none of one, two; name it with --host") != std::string::npos);
+  o = run({"launch", file, "--host", "two", "--join-timeout", "1"});
+  CHECK(o.code == 1);
+  CAPTURE(o.err);
+  CHECK(o.err.find("127.0.0.1:29474") != std::string::npos);
+  CHECK(o.left_behind == 0);
+  write(start + "} " + hosts);
+  o = run({"launch", file, "--host", "one"});
+  CHECK(o.code == 1);
+  CHECK(o.err.find("control.port") != std::string::npos);
+  write(start + "}");
+  o = run({"launch", file, "--host", "one"});
+  CHECK(o.code == 2);
+  CHECK(o.err.find("the file names no hosts") != std::string::npos);
+}
+
 TEST_CASE("launcher variables make ranks of separate tasks, and they end together") {
   const Scratch s;
   const std::string tasks =
