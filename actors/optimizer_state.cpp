@@ -43,36 +43,48 @@ void copy_to_phases(const TrainContext& context, const TensorSpec& spec,
 }
 
 caf::expected<std::shared_ptr<OptimizerState>> make_optimizer_state(const TrainContext& c,
-                                                                    const ValueSource& source) {
-  const auto held = std::make_shared<const TrainLayout>(
-      c.plan.config, c.plan.num_mtp_layers, [&](const TensorSpec& spec) {
-        return std::ranges::any_of(c.phases, [&](const auto& phase) {
-          return phase.weights->layout().find(spec.name) != nullptr;
-        });
-      });
-  auto values = TrainArena::make(held);
-  if (!values)
-    return with_context("loading weights", values.error());
-  if (auto error = source.masters(*values))
-    return error;
+                                                                    const ValueSource& source,
+                                                                    const LoadProgress& progress) {
+  const TrainLayout held{c.plan.config, c.plan.num_mtp_layers, [&](const TensorSpec& spec) {
+                           return std::ranges::any_of(c.phases, [&](const auto& phase) {
+                             return phase.weights->layout().find(spec.name) != nullptr;
+                           });
+                         }};
   auto state = allocate(c);
   if (!state)
     return state.error();
-  for (const auto& tensor : held->tensors()) {
-    const auto from = values->of(tensor);
-    copy_to_phases(c, tensor.spec, from, 0);
-    // An owner holds what it owns.
-    if (const auto* owned = (*state)->layout->find(tensor.spec.name))
-      std::ranges::copy(from, (*state)->master.of(*owned).begin());
-  }
-  if ((*state)->ema)
-    std::ranges::copy((*state)->master.all(), (*state)->ema->all().begin());
-  if (source.moments)
-    if (auto error = source.moments(**state))
-      return error;
-  InlineWorkers workers;
+  int64_t done = 0, all = 0;
+  for (const auto& tensor : held.tensors())
+    all += tensor.size;
   for (const auto& phase : c.phases)
+    all += phase.weights->layout().num_values(); // to be prepared
+  const auto advance = [&](int64_t elements) {
+    done += elements;
+    if (progress)
+      progress(done * int64_t{sizeof(float)}, all * int64_t{sizeof(float)});
+  };
+  std::vector<float> values;
+  for (const auto& tensor : held.tensors()) {
+    values.resize(static_cast<size_t>(tensor.size));
+    if (auto error = source.master(tensor.spec, values))
+      return error;
+    copy_to_phases(c, tensor.spec, values, 0);
+    // An owner holds what it owns.
+    if (const auto* owned = (*state)->layout->find(tensor.spec.name)) {
+      std::ranges::copy(values, (*state)->master.of(*owned).begin());
+      if ((*state)->ema)
+        std::ranges::copy(values, (*state)->ema->of(*owned).begin());
+      if (source.moments)
+        if (auto error = source.moments(*owned, **state))
+          return error;
+    }
+    advance(tensor.size);
+  }
+  InlineWorkers workers;
+  for (const auto& phase : c.phases) {
     phase.weights->prepare(workers);
+    advance(phase.weights->layout().num_values());
+  }
   return state;
 }
 

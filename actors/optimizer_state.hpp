@@ -17,16 +17,18 @@ struct OptimizerState {
   std::optional<TrainArena> ema; // where config.ema > 0
 };
 
-// Gives a tensor's values: a checkpoint, random numbers, a training checkpoint.
+// Gives values tensor by tensor: a checkpoint, random numbers, a training checkpoint.
 struct ValueSource {
-  std::function<caf::error(const TrainArena& masters)> masters;
-  // Null: moments start at zero, the average at the masters.
-  std::function<caf::error(const OptimizerState& state)> moments;
+  std::function<caf::error(const TensorSpec& spec, std::span<float> to)> master;
+  // Of a tensor of state.layout. Null: moments start at zero, the average at the master.
+  std::function<caf::error(const TrainTensor& tensor, const OptimizerState& state)> moments;
 };
 
-// Fills and prepares the weights of all phases of a rank, and makes its optimizer's state.
+// Fills and prepares the weights of all phases of a rank, and makes its optimizer's state. Calls
+// `progress`, where there is one, after every tensor.
 [[nodiscard]] caf::expected<std::shared_ptr<OptimizerState>>
-make_optimizer_state(const TrainContext& context, const ValueSource& source);
+make_optimizer_state(const TrainContext& context, const ValueSource& source,
+                     const LoadProgress& progress);
 
 // Copies a master to the phases of this rank that hold the tensor.
 void copy_to_phases(const TrainContext& context, const TensorSpec& spec,

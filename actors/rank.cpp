@@ -363,9 +363,7 @@ caf::error Rank::Impl::start_training(const LoadProgress& progress) {
     return made.error();
   train = std::move(*made);
   train->background = environment.background;
-  if (progress)
-    progress(1, 2);
-  auto state = make_optimizer_state(*train, setup->source);
+  auto state = make_optimizer_state(*train, setup->source, progress);
   if (!state)
     return state.error();
   for (const auto& phase : train->phases)
@@ -383,18 +381,15 @@ caf::expected<caf::actor> Rank::Impl::open_trainer() {
     if (auto error = remove_temporary_checkpoints(setup->config.out))
       return error;
   // The controller starts from the biases of all layers, whoever holds them.
-  const auto layout = std::make_shared<const TrainLayout>(
+  const TrainLayout layout{
       train->plan.config, train->plan.num_mtp_layers,
-      [](const TensorSpec& spec) { return spec.role == TensorRole::router_bias; });
-  auto values = TrainArena::make(layout);
-  if (!values)
-    return values.error();
-  if (auto error = setup->source.masters(*values))
-    return error;
+      [](const TensorSpec& spec) { return spec.role == TensorRole::router_bias; }};
   std::vector<LayerBias> biases;
-  for (const auto& tensor : layout->tensors()) {
-    const auto bias = values->of(tensor);
-    biases.push_back({tensor.spec.layer, {bias.begin(), bias.end()}});
+  for (const auto& tensor : layout.tensors()) {
+    std::vector<float> bias(static_cast<size_t>(tensor.size));
+    if (auto error = setup->source.master(tensor.spec, bias))
+      return error;
+    biases.push_back({tensor.spec.layer, std::move(bias)});
   }
   auto& system = *environment.system;
   const auto controller = system.spawn(balance_controller, std::move(biases));

@@ -75,9 +75,9 @@ caf::error choose_source(TrainSetup& setup) {
     return {};
   }
   if (!config.init.empty()) {
-    setup.source.masters = [seed = config.seed, std = static_cast<float>(config.init_std)](
-                               const TrainArena& masters) -> caf::error {
-      init_masters(seed, std, masters);
+    setup.source.master = [seed = config.seed, std = static_cast<float>(config.init_std)](
+                              const TensorSpec& spec, std::span<float> to) -> caf::error {
+      init_master(seed, std, spec, to);
       return {};
     };
     return {};
@@ -87,8 +87,8 @@ caf::error choose_source(TrainSetup& setup) {
     return checkpoint.error();
   setup.model.num_nextn_predict_layers = (*checkpoint)->num_mtp_layers();
   setup.digest = (*checkpoint)->digest();
-  setup.source.masters = [opened = *checkpoint](const TrainArena& masters) {
-    return load_masters(*opened, masters);
+  setup.source.master = [opened = *checkpoint](const TensorSpec& spec, std::span<float> to) {
+    return load_master(*opened, spec, to);
   };
   return {};
 }

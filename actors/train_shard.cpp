@@ -192,23 +192,17 @@ caf::error TrainShards::read(std::string_view kind, const TensorSpec& spec,
 
 ValueSource resume_source(std::shared_ptr<const TrainShards> shards) {
   ValueSource source;
-  source.masters = [shards](const TrainArena& masters) -> caf::error {
-    for (const auto& tensor : masters.layout().tensors())
-      if (auto error = shards->read("master", tensor.spec, masters.of(tensor)))
-        return error;
-    return {};
+  source.master = [shards](const TensorSpec& spec, std::span<float> to) {
+    return shards->read("master", spec, to);
   };
-  source.moments = [shards](const OptimizerState& state) -> caf::error {
-    for (const auto& tensor : state.layout->tensors()) {
-      if (tensor.is_parameter())
-        for (const auto& [kind, arena] : {std::pair{"m", &state.m}, std::pair{"v", &state.v}})
-          if (auto error = shards->read(kind, tensor.spec, arena->of(tensor)))
-            return error;
-      // Averaging that starts now starts from the weights.
-      if (state.ema && shards->has("ema", tensor.spec.name))
-        if (auto error = shards->read("ema", tensor.spec, state.ema->of(tensor)))
+  source.moments = [shards](const TrainTensor& tensor, const OptimizerState& state) -> caf::error {
+    if (tensor.is_parameter())
+      for (const auto& [kind, arena] : {std::pair{"m", &state.m}, std::pair{"v", &state.v}})
+        if (auto error = shards->read(kind, tensor.spec, arena->of(tensor)))
           return error;
-    }
+    // Averaging that starts now starts from the weights.
+    if (state.ema && shards->has("ema", tensor.spec.name))
+      return shards->read("ema", tensor.spec, state.ema->of(tensor));
     return {};
   };
   return source;

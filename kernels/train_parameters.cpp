@@ -103,35 +103,28 @@ std::span<float> TrainArena::of(const TrainTensor& tensor) const {
 
 void TrainArena::clear() const { std::ranges::fill(all(), 0.0f); }
 
-caf::error load_masters(const Checkpoint& checkpoint, const TrainArena& masters) {
-  for (const auto& t : masters.layout().tensors()) {
-    const auto* tensor = checkpoint.find(t.spec.name);
-    if (!tensor)
-      return make_error(Errc::not_found,
-                        fmt::format("the checkpoint has no {} to train", t.spec.name));
-    if (auto error = read_tensor(checkpoint, *tensor, masters.of(t)))
-      return error;
-    checkpoint.release(tensor->bytes);
-  }
+caf::error load_master(const Checkpoint& checkpoint, const TensorSpec& spec, std::span<float> to) {
+  const auto* tensor = checkpoint.find(spec.name);
+  if (!tensor)
+    return make_error(Errc::not_found, fmt::format("the checkpoint has no {} to train", spec.name));
+  if (auto error = read_tensor(checkpoint, *tensor, to))
+    return error;
+  checkpoint.release(tensor->bytes);
   return {};
 }
 
-void init_masters(uint64_t seed, float std, const TrainArena& masters) {
-  for (const auto& t : masters.layout().tensors()) {
-    const auto values = masters.of(t);
-    if (t.spec.role == TensorRole::router_bias)
-      std::ranges::fill(values, 0.0f);
-    else if (t.spec.shape.size() == 1)
-      std::ranges::fill(values, 1.0f);
-    else
-      for (int64_t begin = 0; begin < t.size; begin += kNoisePiece) {
-        const auto piece = values.subspan(
-            static_cast<size_t>(begin), static_cast<size_t>(std::min(kNoisePiece, t.size - begin)));
-        fill_noise(seed, t.spec.name, begin, piece);
-        for (auto& value : piece)
-          value *= std;
-      }
-  }
+void init_master(uint64_t seed, float std, const TensorSpec& spec, std::span<float> to) {
+  if (spec.role == TensorRole::router_bias)
+    std::ranges::fill(to, 0.0f);
+  else if (spec.shape.size() == 1)
+    std::ranges::fill(to, 1.0f);
+  else
+    for (size_t begin = 0; begin < to.size(); begin += kNoisePiece) {
+      const auto piece = to.subspan(begin, std::min<size_t>(kNoisePiece, to.size() - begin));
+      fill_noise(seed, spec.name, static_cast<int64_t>(begin), piece);
+      for (auto& value : piece)
+        value *= std;
+    }
 }
 
 double squared_norm(std::span<const float> block) {

@@ -66,12 +66,14 @@ private:
   MemoryBlock memory_;
 };
 
-// Masters from a checkpoint: F32, BF16, F16, or E4M3 times its scales. Errors name the tensor.
-[[nodiscard]] caf::error load_masters(const Checkpoint& checkpoint, const TrainArena& masters);
+// Masters of one tensor from a checkpoint: F32, BF16, F16, or E4M3 times its scales. Errors name
+// it.
+[[nodiscard]] caf::error load_master(const Checkpoint& checkpoint, const TensorSpec& spec,
+                                     std::span<float> to);
 
-// Random masters, keyed by seed and name, whatever rank holds them: normal with `std` (cut at 3.5
-// of them), norms 1, biases 0 (specification §5.2).
-void init_masters(uint64_t seed, float std, const TrainArena& masters);
+// Random masters of one tensor, keyed by seed and name, whatever rank holds it: normal with `std`
+// (cut at 3.5 of them), norms 1, biases 0 (specification §5.2).
+void init_master(uint64_t seed, float std, const TensorSpec& spec, std::span<float> to);
 
 // Σ g² of a tensor in F64: chains of FMAs over blocks of kNormBlock elements, blocks in order.
 inline constexpr int64_t kNormBlock = 65'536;

@@ -202,20 +202,16 @@ void StageLab::add(RankId self, const TrainConfig& config, const Checkpoint& che
     FAIL(text_of(train.error()));
   m.train = std::move(*train);
   m.train->background = m.stream.get();
-  InlineWorkers workers;
-  for (const auto& phase : m.train->phases) {
-    const auto& layout = phase.weights->layout();
-    const auto held = std::make_shared<const TrainLayout>(
-        checkpoint.config(), m.train->plan.num_mtp_layers,
-        [&](const TensorSpec& spec) { return layout.find(spec.name) != nullptr; });
-    auto masters = TrainArena::make(held);
-    REQUIRE(masters);
-    REQUIRE(!load_masters(checkpoint, *masters));
-    for (const auto& tensor : held->tensors())
-      std::ranges::copy(masters->of(tensor),
-                        phase.weights->values(*layout.find(tensor.spec.name)).begin());
-    phase.weights->prepare(workers);
-  }
+  const ValueSource source{[&](const TensorSpec& spec, std::span<float> to) {
+                             return load_master(checkpoint, spec, to);
+                           },
+                           nullptr};
+  std::vector<std::pair<int64_t, int64_t>> progress;
+  REQUIRE(make_optimizer_state(
+      *m.train, source, [&](int64_t done, int64_t total) { progress.emplace_back(done, total); }));
+  REQUIRE(progress.size() > m.train->phases.size());
+  CHECK(std::ranges::is_sorted(progress));
+  CHECK(progress.back().first == progress.back().second);
   const auto adopt = [&](Route route, const auto& handle) {
     m.actors.push_back(caf::actor_cast<caf::actor>(handle));
     m.postman->set_route(route, m.actors.back());
