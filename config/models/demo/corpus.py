@@ -1,11 +1,14 @@
-"""Makes the text that the demo model is trained on, from Debian packages.
+"""Makes text to train on from Debian packages.
 
-    python3 corpus.py OUT
+    python3 corpus.py OUT [--more] [--page CHARACTERS]
 
-Packages (`apt-get install bible-kjv debian-handbook developers-reference`). Writes OUT/*.jsonl, a
-document {"text": …} per line; README.md lists the licences.
+Packages (`apt-get install bible-kjv debian-handbook developers-reference`, for --more python3-doc
+and wordnet-base too). Writes OUT/*.jsonl, a document {"text": …} per line; README.md lists the
+licences. --page cuts documents at the last line's end or space within so many characters, so that
+few documents held out have the mixture of all.
 """
 
+import argparse
 import glob
 import html.parser
 import json
@@ -15,9 +18,18 @@ import subprocess
 import sys
 
 
-def write(out, name, documents):
+def cut(document, page):
+    while page and len(document) > page:
+        end = document.rfind("\n", 0, page) + 1 or document.rfind(" ", 0, page) + 1 or page
+        yield document[:end]
+        document = document[end:]
+    yield document
+
+
+def write(options, name, documents):
     kept = [d for d in (re.sub(r"[ \t]+", " ", d).strip() for d in documents) if len(d) >= 200]
-    with (out / f"{name}.jsonl").open("w") as file:
+    kept = [piece for document in kept for piece in cut(document, options.page)]
+    with (options.out / f"{name}.jsonl").open("w") as file:
         for document in kept:
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
     size = sum(map(len, kept))
@@ -79,14 +91,51 @@ def pages(pattern):
         yield "\n\n".join(parser.paragraphs)
 
 
+def sections(pattern):
+    """Prose of reStructuredText: paragraphs that are whole sentences, without markup."""
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", pathlib.Path(path).read_text(errors="ignore")):
+            if paragraph.startswith((" ", "..", "\t")) or re.search(r"^[=\-~^*+#]{3,}$", paragraph, re.M):
+                continue
+            text = re.sub(r"\s+", " ", paragraph)
+            text = re.sub(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1", text)
+            text = re.sub(r"`([^`<]*?)(?:\s*<[^`]*>)?`_{0,2}", r"\1", text)
+            text = text.replace("``", "").replace("**", "").replace("*", "").strip()
+            if len(text) > 40 and text[-1] in ".:!?)":
+                kept.append(re.sub(r"::$", ":", text))
+        yield "\n\n".join(kept)
+
+
+def glosses():
+    """Words, what they mean, and how they are used; sixteen entries a document."""
+    entries = []
+    for kind in ("noun", "verb", "adj", "adv"):
+        for line in pathlib.Path(f"/usr/share/wordnet/data.{kind}").read_text().splitlines():
+            if line.startswith(" "):
+                continue
+            head, _, gloss = line.partition(" | ")
+            word = re.sub(r"\(.*\)", "", head.split()[4]).replace("_", " ")
+            meaning = re.split(r'; "', gloss.strip())
+            used = [u.strip('" ;') for u in meaning[1:]]
+            text = f"{word[:1].upper()}{word[1:]}: {meaning[0].strip(' ;')}."
+            entries.append(" ".join([text, *(f"“{u[:1].upper()}{u[1:]}.”" for u in used if u)]))
+    return ["\n".join(entries[i:i + 16]) for i in range(0, len(entries), 16)]
+
+
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    out = pathlib.Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
-    write(out, "bible", bible())
-    write(out, "handbook", pages("/usr/share/doc/debian-handbook/html/en-US/*.html"))
-    write(out, "reference", pages("/usr/share/developers-reference/*.html"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--more", action="store_true")
+    parser.add_argument("--page", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(options, "bible", bible())
+    write(options, "handbook", pages("/usr/share/doc/debian-handbook/html/en-US/*.html"))
+    write(options, "reference", pages("/usr/share/developers-reference/*.html"))
+    if options.more:
+        write(options, "python", sections("/usr/share/doc/python3-doc/html/_sources/**/*.rst.txt"))
+        write(options, "wordnet", glosses())
 
 
 if __name__ == "__main__":
