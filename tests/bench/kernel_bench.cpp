@@ -12,16 +12,15 @@
 // The machine may be shared: only ratios within a run mean anything.
 #include "kernels/backend.hpp"
 #include "kernels/stream.hpp"
+#include "tests/bench/machine.hpp"
 #include "tests/kernels/random_tensors.hpp"
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
-#include <future>
 #include <string>
 #include <vector>
 
@@ -29,34 +28,11 @@
 
 using namespace troupe;
 using namespace troupe::test;
+using namespace troupe::bench;
 
 namespace {
 
 double g_seconds = 0.1;
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// The best time of one call; at least three calls.
-template <class F>
-double best_time(F&& call) {
-  double best = 1e30;
-  const double start = now();
-  for (int i = 0; i < 3 || (now() - start < g_seconds && i < 2000); ++i) {
-    const double begin = now();
-    call();
-    best = std::min(best, now() - begin);
-  }
-  return best;
-}
-
-// Runs `body` with the stream's workers on its thread.
-void on_stream(ComputeStream& stream, const std::function<void(Workers&)>& body) {
-  std::promise<void> ended;
-  stream.start("bench", body, [&](const JobTiming&) { ended.set_value(); });
-  ended.get_future().wait();
-}
 
 // Random bits that make sensible weights: BF16 and F32 of magnitude 2^-2 … 2, E4M3 without NaN.
 void fill(std::byte* data, int64_t bytes, DType dtype) {
@@ -113,7 +89,7 @@ public:
     fill(static_cast<std::byte*>(weights_.get_data_handle()), n * k * size_of(dtype), dtype);
   }
   double best() {
-    return best_time([&] {
+    return best_time(g_seconds, [&] {
       product_.execute(queue_,
                        {{DNNL_ARG_SRC, src_}, {DNNL_ARG_WEIGHTS, weights_}, {DNNL_ARG_DST, dst_}});
       queue_.wait();
@@ -147,7 +123,7 @@ void bench_matmul(const Backend& backend, ComputeStream& stream, int64_t m, int6
   double ours = 1e30, peer = 1e30;
   const auto measure = [&] {
     on_stream(stream, [&](Workers& workers) {
-      ours = std::min(ours, best_time([&] { backend.linear(args, workers); }));
+      ours = std::min(ours, best_time(g_seconds, [&] { backend.linear(args, workers); }));
     });
   };
   const double gflop =
@@ -182,7 +158,7 @@ double read_rate(ComputeStream& stream, const std::byte* p, int64_t bytes) {
   std::atomic<uint64_t> sink{0}; // so that the reads are not optimized away
   double time = 0;
   on_stream(stream, [&](Workers& workers) {
-    time = best_time([&] {
+    time = best_time(g_seconds, [&] {
       workers.parallel_for(bytes >> 20, 4, [&](int64_t begin, int64_t end, int) {
         sink += sum_words(p + (begin << 20), (end - begin) << 20);
       });
@@ -201,7 +177,7 @@ void bench_streaming(const Backend& backend, ComputeStream& stream, DType dtype)
     const LinearArgs args{m, x.rows(), {}, &w.m, out.out(), {}};
     double rate = 0, ceiling = read_rate(stream, w.memory.data(), bytes / 2);
     on_stream(stream, [&](Workers& workers) {
-      rate = size / best_time([&] { backend.linear(args, workers); }) * 1e-9;
+      rate = size / best_time(g_seconds, [&] { backend.linear(args, workers); }) * 1e-9;
     });
     ceiling = std::max(ceiling, read_rate(stream, w.memory.data(), bytes / 2));
     std::printf("| %s | %4ld | %7.1f | %7.1f | %5.2f |\n", dtype == DType::bf16 ? "BF16" : "E4M3",
@@ -232,7 +208,7 @@ void bench_experts(const Backend& backend, ComputeStream& stream, const char* mo
       static_cast<size_t>(ffn_scratch_bytes(width, hidden, experts, stream.num_threads())));
   double time = 0;
   on_stream(stream, [&](Workers& workers) {
-    time = best_time([&] {
+    time = best_time(g_seconds, [&] {
       backend.grouped_ffn({groups, x.rows(), {}, out.out(), {}, scratch, hidden}, workers);
     });
   });
@@ -289,11 +265,11 @@ void bench_attention(const Backend& backend, ComputeStream& stream, const char* 
   const SequenceRows answer{0, 1, static_cast<int32_t>(tokens - 1), a.pages.data()};
   double naive = 0, absorbed = 0;
   on_stream(stream, [&](Workers& workers) {
-    naive = best_time([&] {
+    naive = best_time(g_seconds, [&] {
       backend.mla_naive({s, {&prompt, 1}, a.q.rows(), a.layer(), &a.kv_b.m, a.out.out(), a.scratch},
                         workers);
     });
-    absorbed = best_time([&] {
+    absorbed = best_time(g_seconds, [&] {
       backend.mla_absorbed(
           {s, {&answer, 1}, a.q.rows(), a.layer(), a.w_uk_t, a.w_uv, a.out.out(), a.scratch},
           workers);

@@ -1,7 +1,8 @@
-// What this machine can do: the ceilings that benchmarks of whole ranks compare with.
+// What this machine can do: the ceilings that benchmarks compare with, and how they take time.
 #pragma once
 
 #include "config/random.hpp"
+#include "kernels/stream.hpp"
 
 #include <oneapi/dnnl/dnnl.hpp>
 
@@ -16,6 +17,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -25,6 +28,27 @@ namespace troupe::bench {
 
 inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The best time of one call: at least three calls, and as many as fit `seconds`.
+template <class F>
+double best_time(double seconds, F&& call) {
+  constexpr int kMost = 5000;
+  double best = 1e30;
+  const double start = now();
+  for (int i = 0; i < 3 || (now() - start < seconds && i < kMost); ++i) {
+    const double begin = now();
+    call();
+    best = std::min(best, now() - begin);
+  }
+  return best;
+}
+
+// Runs `body` with the stream's workers on its thread.
+inline void on_stream(ComputeStream& stream, const std::function<void(Workers&)>& body) {
+  std::promise<void> ended;
+  stream.start("bench", body, [&](const JobTiming&) { ended.set_value(); });
+  ended.get_future().wait();
 }
 
 inline double median(std::vector<double> v) {

@@ -13,14 +13,13 @@
 #include "kernels/stream.hpp"
 #include "kernels/train_ops.hpp"
 #include "kernels/train_ops_simd.hpp"
+#include "tests/bench/machine.hpp"
 #include "tests/kernels/random_tensors.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <future>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,32 +28,11 @@
 
 using namespace troupe;
 using namespace troupe::test;
+using namespace troupe::bench;
 
 namespace {
 
 double g_seconds = 0.05;
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-template <class F>
-double best_time(F&& call) {
-  double best = 1e30;
-  const double start = now();
-  for (int i = 0; i < 3 || (now() - start < g_seconds && i < 5000); ++i) {
-    const double begin = now();
-    call();
-    best = std::min(best, now() - begin);
-  }
-  return best;
-}
-
-void on_stream(ComputeStream& stream, const std::function<void(Workers&)>& body) {
-  std::promise<void> ended;
-  stream.start("bench", body, [&](const JobTiming&) { ended.set_value(); });
-  ended.get_future().wait();
-}
 
 // ---- ceilings
 // -------------------------------------------------------------------------------------
@@ -103,7 +81,7 @@ double ceiling(ComputeStream& stream, bool bf16) {
   double time = 0;
   std::vector<float> sink(static_cast<size_t>(threads) * 64);
   on_stream(stream, [&](Workers& workers) {
-    time = best_time([&] {
+    time = best_time(g_seconds, [&] {
       workers.parallel_for(16 * threads, 1, [&](int64_t, int64_t, int worker) {
         (bf16 ? multiply_bf16 : multiply_f32)(sink.data() + worker * 64);
       });
@@ -128,7 +106,7 @@ public:
     matmul_ = dnnl::matmul{description};
   }
   double best() {
-    return best_time([&] {
+    return best_time(g_seconds, [&] {
       matmul_.execute(stream_, {{DNNL_ARG_SRC, a_}, {DNNL_ARG_WEIGHTS, b_}, {DNNL_ARG_DST, c_}});
       stream_.wait();
     });
@@ -200,10 +178,13 @@ void bench_products(const TrainOps& ops, ComputeStream& stream, TrainPrecision p
   for (int round = 0; round < 3; ++round) { // in turn: the machine may be shared
     on_stream(stream, [&](Workers& workers) {
       Layers l(ops, precision, s, workers);
-      fprop = std::min(fprop, best_time([&] { ops.fprop(precision, l.fprop, scratch, workers); }));
-      dgrad = std::min(dgrad, best_time([&] { ops.dgrad(precision, l.dgrad, scratch, workers); }));
-      wgrad = std::min(wgrad, best_time([&] { ops.wgrad(precision, l.wgrad, scratch, workers); }));
-      prepare = std::min(prepare, best_time([&] {
+      fprop = std::min(
+          fprop, best_time(g_seconds, [&] { ops.fprop(precision, l.fprop, scratch, workers); }));
+      dgrad = std::min(
+          dgrad, best_time(g_seconds, [&] { ops.dgrad(precision, l.dgrad, scratch, workers); }));
+      wgrad = std::min(
+          wgrad, best_time(g_seconds, [&] { ops.wgrad(precision, l.wgrad, scratch, workers); }));
+      prepare = std::min(prepare, best_time(g_seconds, [&] {
                            ops.prepare_weight(precision, s.n, s.k, l.dw.data(), l.weights.data(),
                                               workers);
                          }));
@@ -245,8 +226,8 @@ void bench_attention(const TrainOps& ops, ComputeStream& stream, const char* nam
   TrainScratch scratch{stream.num_threads()};
   double forward = 0, backward = 0;
   on_stream(stream, [&](Workers& workers) {
-    forward = best_time([&] { ops.attention(t, scratch, workers); });
-    backward = best_time([&] { ops.attention_backward(t, scratch, workers); });
+    forward = best_time(g_seconds, [&] { ops.attention(t, scratch, workers); });
+    backward = best_time(g_seconds, [&] { ops.attention_backward(t, scratch, workers); });
   });
   // Useful work only: each pair of a query and a key it sees, twice one and five times.
   const double pairs = static_cast<double>(samples * heads) * static_cast<double>(length) *
@@ -285,7 +266,8 @@ void bench_rows(const TrainOps& ops, ComputeStream& stream, int64_t rows, int64_
   const auto row = [&](const char* name, int64_t elements,
                        const std::function<void(Workers&)>& call) {
     double time = 0;
-    on_stream(stream, [&](Workers& workers) { time = best_time([&] { call(workers); }); });
+    on_stream(stream,
+              [&](Workers& workers) { time = best_time(g_seconds, [&] { call(workers); }); });
     std::printf("| %-24s | %9.1f | %6.3f |\n", name, time * 1e6,
                 time * 1e9 / static_cast<double>(elements));
     std::fflush(stdout);
