@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -133,10 +134,17 @@ ProgressLine::ProgressLine(bool enabled) : enabled_(enabled && isatty(STDERR_FIL
 
 ProgressLine::~ProgressLine() { clear(); }
 
+size_t ProgressLine::width() {
+  winsize size{};
+  // The last column stays free: some terminals wrap there.
+  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 ? size.ws_col - 1u : 79u;
+}
+
 void ProgressLine::show(const std::string& text) {
   if (!enabled_)
     return;
-  fmt::print(stderr, "\r\x1b[K{}", text);
+  // A line that wraps could not be taken back.
+  fmt::print(stderr, "\r\x1b[K{}", text.substr(0, width()));
   std::fflush(stderr);
   shown_ = true;
 }

@@ -37,13 +37,14 @@ void divert_complaints(std::function<void(const caf::error&)> listener);
 // The whole file, or standard input for "-". Errors name the file.
 [[nodiscard]] caf::expected<std::string> read_file(const std::string& path);
 
-// A line on stderr that is overwritten; silent when stderr is no terminal.
+// A line of ASCII on stderr that is overwritten; silent when stderr is no terminal.
 class ProgressLine {
 public:
   explicit ProgressLine(bool enabled);
   ~ProgressLine();
-  void show(const std::string& text);
+  void show(const std::string& text); // cut at width()
   void clear();
+  [[nodiscard]] static size_t width(); // columns of the terminal, 79 where it does not tell
 
 private:
   bool enabled_;
