@@ -75,8 +75,7 @@ bool PipelineWorker::MessageAwaiter::await_ready() {
     return false;
   message = std::move(found->second);
   worker.inbox_.erase(found);
-  worker.taken_.insert(key);
-  return true;
+  return worker.taken_.take(key);
 }
 
 void PipelineWorker::MessageAwaiter::await_suspend(std::coroutine_handle<> waiting) {
@@ -109,7 +108,7 @@ void PipelineWorker::on_job(uint64_t ticket) {
 
 void PipelineWorker::on_message(Envelope&& message) {
   const auto key = key_of(message.header);
-  if (std::get<1>(key) < run_ || taken_.contains(key))
+  if (taken_.contains(key))
     return; // of a pass that is over, or a second copy
   const auto receiver = receivers_.find(key);
   if (receiver == receivers_.end()) {
@@ -118,7 +117,7 @@ void PipelineWorker::on_message(Envelope&& message) {
   }
   const auto [coroutine, awaiter] = receiver->second;
   receivers_.erase(receiver);
-  taken_.insert(key);
+  static_cast<void>(taken_.take(key)); // it is new: nobody waits for what came
   awaiter->message = std::move(message);
   resume(coroutine);
 }
@@ -159,7 +158,7 @@ void PipelineWorker::begin(const BeginStep& command) {
     throw std::logic_error{"an evaluation without held-out data"};
   step_ = command;
   ++run_;
-  taken_.clear();
+  taken_.begin(run_);
   std::erase_if(inbox_, [&](const auto& m) { return std::get<1>(m.first) < run_; });
   const int64_t batch = batch_size(c.config, command.step);
   num_micro_batches_ = batch / c.config.micro_batch;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "actors/expert_route.hpp"
+#include "actors/taken_messages.hpp"
 #include "actors/task.hpp"
 #include "actors/train_context.hpp"
 #include "actors/train_messages.hpp"
@@ -13,7 +14,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -174,7 +174,7 @@ private:
   std::map<uint64_t, std::coroutine_handle<>> jobs_;
   uint64_t next_ticket_ = 1;
   std::map<TrainMessageKey, Envelope> inbox_;
-  std::set<TrainMessageKey> taken_; // of this run: a second copy is dropped
+  TakenMessages taken_;
   std::map<TrainMessageKey, std::pair<std::coroutine_handle<>, MessageAwaiter*>> receivers_;
   bool experts_done_ = false;
   std::coroutine_handle<> experts_waiter_;

@@ -2,6 +2,7 @@
 
 #include "actors/exceptions.hpp"
 #include "actors/expert_route.hpp"
+#include "actors/taken_messages.hpp"
 #include "actors/weight_queue.hpp"
 
 #include <caf/actor_cast.hpp>
@@ -13,7 +14,6 @@
 #include <cstring>
 #include <deque>
 #include <map>
-#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -57,7 +57,7 @@ public:
         queue_(context_->plan, context_->self(), layers_of_phases(*context_)) {}
 
   void begin(const ExpertsBegin& command) {
-    run_ = std::max(run_, command.run);
+    taken_.begin(command.run);
     queue_.begin(command.num_micro_batches);
     start();
   }
@@ -74,6 +74,7 @@ private:
     std::vector<FfnGroup> groups;
     std::vector<int64_t> row_of_entry; // per entry of the table
     std::vector<int64_t> table_row;    // per row of the matrices
+    friend bool operator==(const Grouping&, const Grouping&) = default;
   };
   struct Saved {
     Grouping grouping;
@@ -98,9 +99,8 @@ private:
 
   const std::shared_ptr<const TrainContext> context_;
   const std::function<void()> job_done_;
-  uint64_t run_ = 0;
   std::deque<Envelope> waiting_;
-  std::set<TrainMessageKey> taken_; // of this run: a second copy is dropped
+  TakenMessages taken_;
   WeightQueue queue_;
   bool running_ = false;
   DispatchJob job_;
@@ -109,14 +109,7 @@ private:
 };
 
 void ExpertWorker::on_dispatch(Envelope&& dispatch) {
-  const auto key = key_of(dispatch.header);
-  if (dispatch.header.step < run_)
-    return;
-  if (dispatch.header.step > run_) {
-    run_ = dispatch.header.step;
-    taken_.clear();
-  }
-  if (!taken_.insert(key).second)
+  if (!taken_.take(key_of(dispatch.header)))
     return;
   waiting_.push_back(std::move(dispatch));
   start();
@@ -164,7 +157,8 @@ void ExpertWorker::start() {
   }
   if (queue_.done()) {
     queue_.end();
-    context_->rank->postman->tell(context_->self(), Route::pipeline_stage, ExpertsDone{run_});
+    context_->rank->postman->tell(context_->self(), Route::pipeline_stage,
+                                  ExpertsDone{taken_.run()});
   }
 }
 
@@ -278,6 +272,10 @@ void ExpertWorker::compute_dispatch(Workers& workers) {
   const auto pass = static_cast<TrainPass>(header.attempt);
   const auto layer = static_cast<int64_t>(header.layer);
   const auto& view = context_->experts_view;
+  if (!job_.dispatch.payload || pass > TrainPass::evaluate)
+    throw std::runtime_error{fmt::format("dispatch from rank {}: {} bytes, pass {}",
+                                         header.source.value, header.payload_bytes,
+                                         header.attempt)};
   if (layer >= static_cast<int64_t>(view.placement_of_layer.size()) ||
       view.placement_of_layer[static_cast<size_t>(layer)] < 0)
     throw std::runtime_error{fmt::format("dispatch: layer {} has no experts here", layer)};
@@ -302,7 +300,7 @@ void ExpertWorker::compute_dispatch(Workers& workers) {
     return;
   }
   auto found = saved_.extract(key);
-  if (!found || found.mapped().grouping.row_of_entry.size() != table->entries.size())
+  if (!found || found.mapped().grouping != group(*table, layer))
     throw std::runtime_error{fmt::format("gradients for layer {} of micro-batch {} do not fit its "
                                          "forward pass",
                                          layer, key.second)};

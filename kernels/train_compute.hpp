@@ -91,6 +91,7 @@ struct GateSaved {
 struct FfnGroup {
   const TrainFfn* weights = nullptr;
   int64_t row_begin = 0, rows = 0;
+  friend bool operator==(const FfnGroup&, const FfnGroup&) = default;
 };
 
 class TrainCompute {
