@@ -1,5 +1,6 @@
 #include "actors/pipeline_worker.hpp"
 
+#include "actors/timeline.hpp"
 #include "config/train_schedule.hpp"
 #include "kernels/reference_backward.hpp"
 
@@ -331,6 +332,11 @@ Task PipelineWorker::send_rows(int32_t phase, int by, int64_t micro_batch, Train
     encode_rows(format, n, hidden(), x.get(), payload->data());
   };
   co_await job("encode", -1, encode);
+  post_rows(phase, by, micro_batch, pass, std::move(payload));
+}
+
+void PipelineWorker::post_rows(int32_t phase, int by, int64_t micro_batch, TrainPass pass,
+                               BufferRef payload) {
   const auto [to, to_phase] = context_->plan.neighbour(context_->self(), phase, by);
   WireHeader header;
   header.kind = WireKind::stage_rows;
@@ -339,6 +345,20 @@ Task PipelineWorker::send_rows(int32_t phase, int by, int64_t micro_batch, Train
   header.layer = static_cast<uint32_t>(to_phase);
   header.attempt = static_cast<uint32_t>(pass);
   context_->rank->postman->post(to, Route::pipeline_stage, header, std::move(payload));
+}
+
+// No backward pass of an evaluation holds the first stages back. So that rows don't pile up before
+// a slow stage, it says which it has taken, and the one before stays no further ahead than in a
+// step: programs never have more chunks alive.
+Task PipelineWorker::await_room(int32_t phase, int32_t index) {
+  const auto& plan = context_->plan;
+  const int32_t taken = index - peak_live_formula(plan.kind(), plan.pp);
+  if (taken < 0)
+    co_return;
+  const auto next = plan.neighbour(context_->self(), phase, 1).first;
+  const int64_t j = runs_[static_cast<size_t>(phase)].micro_batches[static_cast<size_t>(taken)];
+  auto wait = message(WireKind::stage_rows, j, phase, TrainPass::backward, next);
+  static_cast<void>(co_await wait);
 }
 
 Task PipelineWorker::forward(int32_t phase, int32_t index) {
@@ -362,6 +382,8 @@ Task PipelineWorker::forward(int32_t phase, int32_t index) {
     from = {};
   };
   co_await job("enter", -1, enter);
+  if (step_.evaluate && !share.first)
+    post_rows(phase, -1, j, TrainPass::backward, {}); // taken
   chunk.blocks.resize(weights.blocks().size());
   for (size_t l = 0; l < chunk.blocks.size(); ++l) {
     Task block = block_forward(weights.blocks()[l], chunk.rows, j, chunk.blocks[l], x);
@@ -371,6 +393,8 @@ Task PipelineWorker::forward(int32_t phase, int32_t index) {
     Task end = forward_end(phase, chunk, std::move(x));
     co_await end;
   } else {
+    Task room = step_.evaluate ? await_room(phase, index) : Task{};
+    co_await room;
     Task send = send_rows(phase, 1, j, TrainPass::forward, x, chunk.rows.rows);
     co_await send;
   }

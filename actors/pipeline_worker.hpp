@@ -118,6 +118,7 @@ private:
                       BlockState& s, Floats& dx, bool defer);
   Task send_rows(int32_t phase, int by, int64_t micro_batch, TrainPass pass, const Floats& x,
                  int64_t n);
+  Task await_room(int32_t phase, int32_t index);
 
   // ---- jobs' parts ----
   void load(Chunk& chunk) const;
@@ -134,6 +135,7 @@ private:
   // ---- messages ----
   void post_dispatches(const TrainBlock& b, int64_t micro_batch, TrainPass pass,
                        const ExpertRoute& route, std::vector<BufferRef>& payloads);
+  void post_rows(int32_t phase, int by, int64_t micro_batch, TrainPass pass, BufferRef payload);
   void note_finite(bool finite, int64_t micro_batch, int64_t layer);
   void report();
   void fail(std::string text);

@@ -93,8 +93,8 @@ caf::behavior listener(caf::event_based_actor*, Heard* heard) {
 class StageLab {
 public:
   StageLab(const TrainConfig& config, const Checkpoint& checkpoint,
-           std::shared_ptr<const TrainData> data, uint64_t seed = 0)
-      : random_(seed, 1), events_(clock_) {
+           std::shared_ptr<const TrainData> data, uint64_t seed = 0, RankId slow = {})
+      : random_(seed, 1), events_(clock_), slow_(slow) {
     const int32_t ranks = config.num_ranks();
     SimulationOptions network;
     network.seed = seed;
@@ -131,6 +131,20 @@ public:
   // The whole gradient of every tensor, by name.
   [[nodiscard]] std::map<std::string, std::vector<float>> gradients() const;
   [[nodiscard]] std::vector<Span> spans(size_t rank) const { return members_[rank]->trace.spans(); }
+  // The most that was ever in use of a rank's buffers.
+  [[nodiscard]] size_t high_water(size_t rank) const {
+    return members_[rank]->fabric->pool().stats().high_water;
+  }
+  // Hands a message to a rank's experts; what that makes them end with, "" for nothing.
+  [[nodiscard]] std::string give_to_experts(size_t rank, Envelope message) {
+    auto why = std::make_shared<std::string>();
+    const auto experts = members_[rank]->postman->route(Route::expert_shard);
+    experts->attach_functor([why](const caf::error& error) { *why = text_of(error); });
+    caf::anon_send(experts, std::move(message));
+    while (why->empty() && run_something())
+      ;
+    return *why;
+  }
 
   Heard heard;
 
@@ -164,6 +178,7 @@ private:
   KeyedStream random_;
   VirtualClock clock_;
   EventQueue events_;
+  RankId slow_; // its jobs take a hundred times as long
   std::shared_ptr<LoopbackHub> hub_;
   std::vector<std::unique_ptr<Member>> members_;
 };
@@ -186,7 +201,10 @@ void StageLab::add(RankId self, const TrainConfig& config, const Checkpoint& che
       [this](Nanoseconds delay, std::function<void()> done) {
         events_.schedule(delay, std::move(done));
       },
-      [this](const char*) { return Nanoseconds{static_cast<int64_t>(random_.below(100'001))}; });
+      [this, self](const char*) {
+        const auto cost = static_cast<int64_t>(random_.below(100'001));
+        return Nanoseconds{self == slow_ ? 100 * cost : cost};
+      });
   m.postman = std::make_unique<Postman>(*m.system, self);
   m.postman->set_fabric(m.fabric.get());
   REQUIRE(!m.fabric->start(m.postman.get()));
@@ -491,6 +509,56 @@ TEST_CASE("every layout, schedule and interleaving gives the same gradients, to 
     config.recompute = true;
     check_equal(one, bits_of_step(config, **checkpoint, data, seed));
   }
+}
+
+TEST_CASE("rows of an evaluation do not pile up before a slow stage") {
+  const test::TemporaryModel model{four_layers()};
+  auto checkpoint = Checkpoint::open(model.path());
+  REQUIRE(checkpoint);
+  const auto data = std::make_shared<RandomRows>(64, 12, (*checkpoint)->config().vocab_size);
+  for (const auto schedule : {PipelineSchedule::one_f_one_b, PipelineSchedule::dualpipe}) {
+    auto config = sixteen_micro_batches(ComputePrecision::f32);
+    config.schedule = schedule;
+    config.backend = "simd";
+    config.pp = 4;
+    std::vector<size_t> most;
+    for (const double batch : {16.0, 48.0}) {
+      config.batch.first = batch;
+      StageLab lab{config, **checkpoint, data, 3, RankId{3}};
+      lab.step({1, true, 0});
+      most.push_back(lab.high_water(3));
+    }
+    CHECK(most[1] <= most[0] + most[0] / 4);
+  }
+}
+
+TEST_CASE("a dispatch that is none ends a rank's experts with a reason") {
+  const test::TemporaryModel model{four_layers()};
+  auto checkpoint = Checkpoint::open(model.path());
+  REQUIRE(checkpoint);
+  const auto config = sixteen_micro_batches(ComputePrecision::f32);
+  const auto data = std::make_shared<RandomRows>(16, 12, (*checkpoint)->config().vocab_size);
+  const auto given = [&](auto change) {
+    StageLab lab{config, **checkpoint, data};
+    Envelope message;
+    message.header.kind = WireKind::dispatch;
+    message.header.source = RankId{0};
+    message.header.step = 1;
+    message.header.layer = 1;
+    change(message);
+    return lab.give_to_experts(0, std::move(message));
+  };
+  CHECK(given([](Envelope&) {}).find("dispatch from rank 0: 0 bytes, pass 0") != std::string::npos);
+  const auto pool = BufferPool::make(1 << 20);
+  const auto with_bytes = [&](Envelope& m) { m.payload = *pool->acquire(64); };
+  CHECK(given([&](Envelope& m) {
+          with_bytes(m);
+          m.header.attempt = 4;
+        }).find("pass 4") != std::string::npos);
+  CHECK(given([&](Envelope& m) {
+          with_bytes(m);
+          m.header.layer = 0;
+        }).find("layer 0 has no experts") != std::string::npos);
 }
 
 TEST_CASE("an overlapped pair computes while it waits for the wire, and the trace shows it") {
