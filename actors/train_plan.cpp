@@ -28,10 +28,6 @@ GridCell cell_of(int64_t micro_batch, int32_t lanes) {
           micro_batch / (2 * int64_t{lanes})};
 }
 
-int64_t micro_batch_of(const GridCell& cell, int32_t lanes) {
-  return cell.lane + int64_t{lanes} * (cell.direction + 2 * cell.time);
-}
-
 StageShare TrainPlan::share(RankId r, int32_t phase) const {
   const auto k = kind();
   auto s =
@@ -108,9 +104,12 @@ caf::error check(const TrainPlan& plan, int64_t batch, int64_t micro_batch) {
     return wrong(
         fmt::format("batch: {} is not a multiple of micro_batch ({})", batch, micro_batch));
   const int64_t total = batch / micro_batch;
-  if (total % plan.columns() != 0)
-    return wrong(fmt::format("batch: {} micro-batches can't be dealt to ep · dp = {} columns",
-                             total, plan.columns()));
+  // A batch that ends within a round of lanes gives the first columns more than the last.
+  if (plan.columns() > 1 && total % plan.lanes != 0)
+    return wrong(
+        fmt::format("batch: {} micro-batches can't be dealt to ep · dp = {} columns alike; "
+                    "with {} lanes expected a multiple of {}",
+                    total, plan.columns(), plan.lanes, plan.lanes));
   if (kind == ScheduleKind::dualpipe && total % (2 * int64_t{plan.lanes}) != 0)
     return wrong(fmt::format("batch: {} micro-batches given; dualpipe with {} lanes expects a "
                              "multiple of {}, as many in each direction",

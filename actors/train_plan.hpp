@@ -24,7 +24,6 @@ struct GridCell {
   int64_t time = 0;
 };
 [[nodiscard]] GridCell cell_of(int64_t micro_batch, int32_t lanes);
-[[nodiscard]] int64_t micro_batch_of(const GridCell& cell, int32_t lanes);
 
 struct TrainPlan {
   ScheduleKind schedule = ScheduleKind::dualpipe;
