@@ -109,6 +109,11 @@ std::string last_checkpoint(const TrainerState& state) {
                                   : fmt::format("the last good checkpoint is {}", state.checkpoint);
 }
 
+// Tokens trained on up to the end of a step.
+int64_t tokens_until(const TrainSetup& setup, int64_t step) {
+  return first_row(setup.config, step + 1) * setup.data->sequence_length();
+}
+
 int64_t targets_of(const TrainData& data, int64_t first, int64_t count) {
   int64_t sum = 0;
   for (int64_t r = first; r < first + count; ++r)
@@ -139,7 +144,7 @@ TrainRecord make_record(const TrainerState& state, const StepSums& sums, int64_t
     record.max_vio.push_back(max_vio(load.counts));
   }
   record.bubble = sums.bubble;
-  record.tokens = state.tokens;
+  record.tokens = tokens_until(*state.setup, state.step);
   return record;
 }
 
@@ -189,7 +194,6 @@ void update(Self self) {
   const auto& config = state.setup->config;
   const int64_t batch = batch_size(config, state.step);
   const auto sums = add_reports(state.reports);
-  state.tokens += batch * state.setup->data->sequence_length();
   state.record = make_record(state, sums,
                              targets_of(*state.setup->data, first_row(config, state.step), batch));
   state.record.grad_norm = gradient_norm(state.context->tensors, state.norms);
@@ -208,7 +212,7 @@ void update(Self self) {
 
 void on_committed(Self self, const StepCommitted& news) {
   auto& state = self->state;
-  if (news.step != state.step)
+  if (state.done || news.step != state.step)
     return;
   state.wire_bytes += news.wire_bytes;
   if (++state.num_committed < num_ranks(self))
@@ -257,8 +261,8 @@ void on_shard(Self self, const ShardSaved& shard) {
                                   fmt::format("checkpoint of step {}, rank {}: {}; {}", s.step,
                                               s.rank.value, s.error, last_checkpoint(state))));
   auto commit = std::make_shared<TrainerState::Commit>();
-  commit->state = {state.saving_step, state.tokens, state.setup->data->digest(),
-                   settings_json(state.setup->config)};
+  commit->state = {state.saving_step, tokens_until(*state.setup, state.saving_step),
+                   state.setup->data->digest(), settings_json(state.setup->config)};
   commit->shards = state.shards;
   state.commit = commit;
   const auto handle = caf::actor_cast<caf::weak_actor_ptr>(self);
@@ -356,7 +360,7 @@ void advance(Self self) {
   }
   if (state.num_passes > 0)
     return; // an evaluation is under way
-  if (state.evaluate_due)
+  if (state.evaluate_due && !state.stop)
     return begin_evaluation(self);
   const bool idle = state.committed == state.step; // no step under way
   if (!idle)
@@ -409,8 +413,6 @@ Trainer::behavior_type trainer(Self self, std::shared_ptr<const TrainContext> co
   state.step = state.committed = state.setup->first_step - 1;
   state.checkpoint = state.setup->resume_from.string();
   state.saved_step = state.setup->resume_from.empty() ? -1 : state.step;
-  state.tokens =
-      first_row(state.setup->config, state.step + 1) * state.setup->data->sequence_length();
   // Nobody waits for the end any more: keep what is there.
   self->set_down_handler([=](const caf::down_msg&) {
     self->state.stop = true;

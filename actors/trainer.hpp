@@ -59,7 +59,6 @@ struct TrainerState {
   caf::actor client;
   bool stop = false, done = false;
   std::string checkpoint; // the newest
-  int64_t tokens = 0;     // trained on
 
   // ---- the step at hand ----
   int64_t step = 0;

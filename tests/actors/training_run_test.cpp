@@ -388,6 +388,11 @@ TEST_CASE("a resumed run goes on to the bit, on another layout too") {
     config.steps = 2;
     set_layout(config, {kDualPipe, 2, 1, 1});
     auto parts = simulate(config).records;
+    for (const int64_t step : {2, 4}) {
+      const auto state = read_train_state(shop.path(fmt::format("whole/step-{:08}", step)));
+      REQUIRE(state);
+      CHECK(state->tokens == step * 8 * 12); // those of its own step, not of the one by then
+    }
     // One was written while later steps ran, the other at the end.
     check_same_tensors(config.out / "step-00000002", shop.path("whole/step-00000002"));
     config.resume = true;
