@@ -63,6 +63,8 @@ caf::expected<uint64_t> checksum(const fs::path& path) {
     XXH3_64bits_update(state, piece.data(), static_cast<size_t>(file.gcount()));
   const uint64_t sum = XXH3_64bits_digest(state);
   XXH3_freeState(state);
+  if (file.bad()) // a disk's error is no end of the file
+    return io_error(path, "can't be read");
   return sum;
 }
 
@@ -87,6 +89,22 @@ std::vector<std::pair<int64_t, fs::path>> checkpoints(const fs::path& out) {
       found.emplace_back(*step, entry.path());
   std::ranges::sort(found, std::greater{});
   return found;
+}
+
+// Ranks on other hosts may have written to a folder of theirs that has the same name.
+caf::error check_shards(const fs::path& folder, const std::vector<ShardSaved>& shards) {
+  for (const auto& shard : shards) {
+    if (shard.tensors.empty())
+      continue;
+    for (const auto& file :
+         {folder / shard_file_name(shard.rank.value, static_cast<int32_t>(shards.size())),
+          folder / "training" / training_file_name(shard.rank.value)})
+      if (!fs::exists(file))
+        return io_error(file, fmt::format("rank {} wrote it, but it is not here; do all hosts have "
+                                          "the same file system there?",
+                                          shard.rank.value));
+  }
+  return {};
 }
 
 // config.json, index and tokenizer of a model folder.
@@ -177,6 +195,15 @@ caf::error link_latest(const fs::path& out, const fs::path& folder) {
   return synchronize(out, true);
 }
 
+// Takes away a checkpoint's name before its files: what has its name is whole.
+void discard(const fs::path& folder) {
+  auto nameless = folder.parent_path() / (kTemporary + folder.filename().string());
+  nameless += ".old";
+  fs::remove_all(nameless);
+  fs::rename(folder, nameless);
+  fs::remove_all(nameless);
+}
+
 // A setting as a person writes it: 0.5, [8, [100, 16]].
 std::string plain(const json::value& value) {
   if (value.is_double())
@@ -204,6 +231,8 @@ caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup&
                                           const std::vector<ShardSaved>& shards, int32_t keep) try {
   const auto temporary = temporary_checkpoint(out, state.step);
   const auto folder = out / folder_name(state.step);
+  if (auto error = check_shards(temporary, shards))
+    return error;
   if (auto error = complete_model(temporary, setup, shards))
     return error;
   if (fs::exists(temporary / "ema"))
@@ -213,7 +242,8 @@ caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup&
     return error;
   if (auto error = synchronize_all(temporary))
     return error;
-  fs::remove_all(folder); // of a run that went this far before and was resumed from earlier
+  if (fs::exists(folder)) // of a run that went this far before and was resumed from earlier
+    discard(folder);
   fs::rename(temporary, folder);
   if (auto error = synchronize(out, true))
     return error;
@@ -224,7 +254,7 @@ caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup&
     // Later ones are not whole, or the run would have gone on from them; it will write them anew.
     std::erase_if(all, [&](const auto& found) { return found.first > state.step; });
     for (size_t i = static_cast<size_t>(keep); i < all.size(); ++i)
-      fs::remove_all(all[i].second);
+      discard(all[i].second);
   }
   return folder;
 } catch (const fs::filesystem_error& error) {

@@ -89,6 +89,8 @@ std::string shard_file_name(int32_t rank, int32_t num_ranks) {
   return fmt::format("model-{:05}-of-{:05}.safetensors", rank + 1, num_ranks);
 }
 
+std::string training_file_name(int32_t rank) { return fmt::format("rank-{:04}.safetensors", rank); }
+
 caf::expected<WrittenShard> write_shard(const fs::path& folder, RankId rank, int32_t num_ranks,
                                         ComputePrecision compute, const ModelConfig& config,
                                         int64_t num_mtp_layers, const ShardSource& source) {
@@ -131,8 +133,7 @@ caf::expected<WrittenShard> write_shard(const fs::path& folder, RankId rank, int
           {{fmt::format("{}/{}", name, tensor.spec.name), dtype, tensor.spec.shape}, values});
     }
   }
-  if (auto error = write_items(
-          folder / "training" / fmt::format("rank-{:04}.safetensors", rank.value), items))
+  if (auto error = write_items(folder / "training" / training_file_name(rank.value), items))
     return error;
   return written;
 }

@@ -1,9 +1,8 @@
 // The files in which a rank saves what it owns, and how they are found again.
 //
-//   model-00001-of-00004.safetensors   weights under their published names: F32 under --compute
-//   f32,
-//                                      else BF16 (router biases always F32), with the copies of
-//                                      embedding and head inside MTP layers
+//   model-00001-of-00004.safetensors   weights under their published names: F32 under
+//                                      --compute f32, else BF16 (router biases always F32), with
+//                                      the copies of embedding and head inside MTP layers
 //   ema/model-…                        the same of the averaged weights, where there are any
 //   training/rank-0000.safetensors     master/NAME, m/NAME, v/NAME, ema/NAME in F32; moments that
 //                                      fit BF16 are stored so
@@ -27,6 +26,7 @@
 namespace troupe {
 
 [[nodiscard]] std::string shard_file_name(int32_t rank, int32_t num_ranks);
+[[nodiscard]] std::string training_file_name(int32_t rank);
 
 // Arenas of one layout, as they were at the end of a step.
 struct ShardSource {

@@ -159,6 +159,29 @@ TEST_CASE("a damaged checkpoint is passed over, named, and does not cost a whole
   CHECK(newest_checkpoint(out.path())->state.step == 4);
 }
 
+TEST_CASE("a rank's file that is not there makes no checkpoint") {
+  const ScratchFolder out;
+  REQUIRE(save(out.path(), 1, 1));
+  const TrainState state{2, 0, 0, {}};
+  const auto temporary = temporary_checkpoint(out.path(), 2);
+  for (const std::string file :
+       {"model-00002-of-00002.safetensors", "training/rank-0001.safetensors"}) {
+    CAPTURE(file);
+    const auto shards = write_shards(temporary, 2);
+    fs::remove(temporary / file); // as if rank 1 had written to a disk of its own
+    const auto folder = commit_checkpoint(out.path(), small_setup(), state, shards, 1);
+    REQUIRE_FALSE(folder);
+    CHECK(text_of(folder.error()).find(file) != std::string::npos);
+    CHECK(text_of(folder.error()).find("rank 1") != std::string::npos);
+    CHECK(newest_checkpoint(out.path())->state.step == 1);
+  }
+  auto shards = write_shards(temporary, 2);
+  fs::remove(temporary / "model-00002-of-00002.safetensors");
+  fs::remove(temporary / "training/rank-0001.safetensors");
+  shards[1].tensors.clear(); // owns nothing, and writes nothing
+  CHECK(commit_checkpoint(out.path(), small_setup(), state, shards, 1));
+}
+
 TEST_CASE("a state that is none is an error that names file and field") {
   const ScratchFolder out;
   const auto folder = *save(out.path(), 1, 0);
