@@ -138,6 +138,11 @@ TROUPE_MATH float silu_f32(float x) { return x * (1.0f / (1.0f + exp_f32(-x))); 
   return std::fma(k, math_detail::kLn2High, std::fma(k, math_detail::kLn2Low, log_m));
 }
 
+// What AdamW divides a moment by after `step` updates, 1 - beta^step; 0 <= beta < 1.
+[[nodiscard]] inline double moment_correction(double beta, int64_t step) {
+  return 1.0 - exp_f64(static_cast<double>(step) * log_f64(beta));
+}
+
 // sin and cos in F64 for |x| up to 2^30: reduction by π/2 in three parts, then Taylor's series.
 // Within 2^-52 of the true value.
 struct SinCos {

@@ -172,10 +172,8 @@ struct AdamW {
 // itself uses the moments before that rounding.
 template <class T, class Round>
 void adamw(const AdamW<T>& o, int64_t n, T clip, const T* g, T* theta, T* m, T* v, Round round) {
-  const auto correction = [&](T beta) {
-    return static_cast<T>(1.0 - std::pow(static_cast<double>(beta), static_cast<double>(o.step)));
-  };
-  const T correct_m = correction(o.beta1), correct_v = correction(o.beta2);
+  const auto correct_m = static_cast<T>(moment_correction(static_cast<double>(o.beta1), o.step));
+  const auto correct_v = static_cast<T>(moment_correction(static_cast<double>(o.beta2), o.step));
   for (int64_t i = 0; i < n; ++i) {
     const T gradient = g[i] * clip;
     const T new_m = o.beta1 * m[i] + (T{1} - o.beta1) * gradient;

@@ -191,8 +191,7 @@ inline void rope(const RopeArgs& args, bool inverse, bool round, Workers& worker
   });
 }
 
-// ---- loss
-// -----------------------------------------------------------------------------------------
+// ---- loss --------------------------------------------------------------------------------------
 
 // max + log Σ exp(x - max), exponentials in F32, their sum in F64.
 inline double log_sum_exp(int64_t n, const float* x) {
@@ -229,13 +228,11 @@ inline void cross_entropy(int64_t rows, int64_t vocab, const int32_t* targets, f
   });
 }
 
-// ---- optimizer
-// ------------------------------------------------------------------------------------
+// ---- optimizer ---------------------------------------------------------------------------------
 
 inline void adamw(const AdamWTask& t, Workers& workers) {
   const auto correction = [&](float beta) {
-    return set1(
-        static_cast<float>(1.0 - std::pow(static_cast<double>(beta), static_cast<double>(t.step))));
+    return set1(static_cast<float>(moment_correction(static_cast<double>(beta), t.step)));
   };
   const V correct_m = correction(t.beta1), correct_v = correction(t.beta2);
   const V lr = set1(t.lr), decay = set1(t.lr * t.weight_decay), eps = set1(t.eps);

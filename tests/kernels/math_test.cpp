@@ -85,6 +85,16 @@ TEST_CASE("exp and log of doubles are within two units") {
   }
 }
 
+TEST_CASE("a moment's correction is one minus beta to the step") {
+  for (const double beta : {0.9, 0.95, 0.999, 0.9999})
+    for (const int64_t step : {1, 2, 10, 1000, 100'000, 100'000'000}) {
+      const auto power = std::pow(static_cast<long double>(beta), static_cast<long double>(step));
+      CHECK(std::abs(static_cast<long double>(moment_correction(beta, step)) - (1 - power)) <
+            4e-16L);
+    }
+  CHECK(moment_correction(0, 1) == 1);
+}
+
 TEST_CASE("log knows its special values") {
   CHECK(log_f64(1) == 0);
   CHECK(log_f64(0) == -kInf);
