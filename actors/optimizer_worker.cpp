@@ -34,8 +34,7 @@ OptimizerWorker::OptimizerWorker(std::shared_ptr<const TrainContext> context,
                                  std::function<void(uint64_t)> job_done)
     : context_(std::move(context)), state_(std::move(state)), job_done_(std::move(job_done)) {}
 
-// ---- jobs
-// -----------------------------------------------------------------------------------------
+// ---- jobs --------------------------------------------------------------------------------------
 
 void OptimizerWorker::run_on(ComputeStream& stream, const char* name,
                              std::function<void(Workers&)> work, std::function<void()> then) {
@@ -78,14 +77,13 @@ void OptimizerWorker::on_job(uint64_t ticket) {
   then();
 }
 
-// ---- gradients
-// ------------------------------------------------------------------------------------
+// ---- gradients ---------------------------------------------------------------------------------
 
 void OptimizerWorker::begin_step(int64_t step) {
   if (step <= step_)
     return;
   step_ = step;
-  reduced_ = applied_ = preparing_ = false;
+  applied_ = preparing_ = false;
   gathers_.clear();
   norms_.clear();
   taken_.clear();
@@ -121,7 +119,6 @@ void OptimizerWorker::gradients_ready(const GradientsReady& news) {
   run(
       "reduce lanes", [this](Workers& workers) { reduce_lanes(workers); },
       [this] {
-        reduced_ = true;
         const auto self = context_->self();
         for (uint32_t t = 0; t < context_->tensors.size(); ++t) {
           const auto& tensor = planned(t);
@@ -219,8 +216,7 @@ void OptimizerWorker::send_norms() {
                                 GradientNorms{step_, context_->self(), norms_});
 }
 
-// ---- pieces
-// ---------------------------------------------------------------------------------------
+// ---- pieces ------------------------------------------------------------------------------------
 
 void OptimizerWorker::queue_pieces(RankId to, uint32_t tensor, uint32_t part, const float* from) {
   const int64_t n = planned(tensor).spec.num_elements();
@@ -360,8 +356,7 @@ void OptimizerWorker::on_taken(const TensorTaken& news) {
   pump();
 }
 
-// ---- the update
-// -----------------------------------------------------------------------------------
+// ---- the update --------------------------------------------------------------------------------
 
 void OptimizerWorker::apply(const ApplyUpdate& command) {
   run(
@@ -476,8 +471,7 @@ void OptimizerWorker::commit_if_done() {
       });
 }
 
-// ---- files
-// ----------------------------------------------------------------------------------------
+// ---- files -------------------------------------------------------------------------------------
 
 void OptimizerWorker::write_dump() {
   dumped_ = true; // once; the step is held up by the job that prepares the weights

@@ -83,7 +83,7 @@ private:
 
   // ---- of the step ----
   int64_t step_ = 0;
-  bool reduced_ = false, applied_ = false, preparing_ = false;
+  bool applied_ = false, preparing_ = false;
   std::map<uint32_t, Gather> gathers_; // owned tensors with gradients
   size_t unsummed_ = 0;
   std::vector<std::pair<int64_t, double>> norms_;

@@ -101,8 +101,6 @@ std::span<float> TrainArena::of(const TrainTensor& tensor) const {
   return all().subspan(static_cast<size_t>(tensor.begin), static_cast<size_t>(tensor.size));
 }
 
-void TrainArena::clear() const { std::ranges::fill(all(), 0.0f); }
-
 caf::error load_master(const Checkpoint& checkpoint, const TensorSpec& spec, std::span<float> to) {
   const auto* tensor = checkpoint.find(spec.name);
   if (!tensor)
@@ -132,21 +130,6 @@ double squared_norm(std::span<const float> block) {
   for (const float g : block) // the product is exact in F64: no need to fuse it
     sum += static_cast<double>(g) * static_cast<double>(g);
   return sum;
-}
-
-std::vector<std::pair<std::string, double>> squared_norms(const TrainArena& gradients) {
-  std::vector<std::pair<std::string, double>> norms;
-  for (const auto& t : gradients.layout().tensors()) {
-    if (!t.is_parameter())
-      continue;
-    const auto values = gradients.of(t);
-    double sum = 0;
-    for (int64_t begin = 0; begin < t.size; begin += kNormBlock)
-      sum += squared_norm(values.subspan(
-          static_cast<size_t>(begin), static_cast<size_t>(std::min(kNormBlock, t.size - begin))));
-    norms.emplace_back(t.spec.name, sum);
-  }
-  return norms;
 }
 
 } // namespace troupe

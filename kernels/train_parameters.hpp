@@ -59,7 +59,6 @@ public:
   [[nodiscard]] const TrainLayout& layout() const { return *layout_; }
   [[nodiscard]] std::span<float> all() const;
   [[nodiscard]] std::span<float> of(const TrainTensor& tensor) const;
-  void clear() const;
 
 private:
   std::shared_ptr<const TrainLayout> layout_;
@@ -75,13 +74,9 @@ private:
 // (cut at 3.5 of them), norms 1, biases 0 (specification §5.2).
 void init_master(uint64_t seed, float std, const TensorSpec& spec, std::span<float> to);
 
-// Σ g² of a tensor in F64: chains of FMAs over blocks of kNormBlock elements, blocks in order.
+// Σ g² in F64 of a block, in order. A tensor's sum adds its blocks of so many elements, in order
+// (contract, Gradients on a grid).
 inline constexpr int64_t kNormBlock = 65'536;
-[[nodiscard]] double squared_norm(std::span<const float> block); // one block
-
-// Σ g² over all parameters in F64, over blocks of 65,536 elements of each tensor, blocks in order
-// (contract, Gradients on a grid); one sum per tensor, so that ranks can add them by name.
-[[nodiscard]] std::vector<std::pair<std::string, double>>
-squared_norms(const TrainArena& gradients);
+[[nodiscard]] double squared_norm(std::span<const float> block);
 
 } // namespace troupe
