@@ -131,9 +131,12 @@ public:
   // The whole gradient of every tensor, by name.
   [[nodiscard]] std::map<std::string, std::vector<float>> gradients() const;
   [[nodiscard]] std::vector<Span> spans(size_t rank) const { return members_[rank]->trace.spans(); }
-  // The most that was ever in use of a rank's buffers.
-  [[nodiscard]] size_t high_water(size_t rank) const {
-    return members_[rank]->fabric->pool().stats().high_water;
+  // The most that was ever in use of one rank's buffers. In loopback a message stays its sender's.
+  [[nodiscard]] size_t high_water() const {
+    size_t most = 0;
+    for (const auto& m : members_)
+      most = std::max(most, m->fabric->pool().stats().high_water);
+    return most;
   }
   // Hands a message to a rank's experts; what that makes them end with, "" for nothing.
   [[nodiscard]] std::string give_to_experts(size_t rank, Envelope message) {
@@ -526,9 +529,9 @@ TEST_CASE("rows of an evaluation do not pile up before a slow stage") {
       config.batch.first = batch;
       StageLab lab{config, **checkpoint, data, 3, RankId{3}};
       lab.step({1, true, 0});
-      most.push_back(lab.high_water(3));
+      most.push_back(lab.high_water());
     }
-    CHECK(most[1] <= most[0] + most[0] / 4);
+    CHECK(most[1] <= most[0]);
   }
 }
 
