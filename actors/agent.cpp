@@ -486,7 +486,7 @@ void Running::begin_stop(int code) {
 }
 
 void Running::complain(const std::string& text) {
-  fmt::print(stderr, "troupe: error: {}\n", text);
+  std::fprintf(stderr, "troupe: error: %s\n", text.c_str()); // no matter whether anybody reads it
   std::fflush(stderr);
 }
 

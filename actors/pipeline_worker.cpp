@@ -166,7 +166,8 @@ void PipelineWorker::begin(const BeginStep& command) {
   first_row_ = command.evaluate ? command.pass * batch : first_row(c.config, command.step);
   int64_t targets = 0;
   for (int64_t r = 0; r < batch; ++r)
-    targets += value_of(data().num_loss_tokens(first_row_ + r));
+    if (!is_beyond(first_row_ + r))
+      targets += value_of(data().num_loss_tokens(first_row_ + r));
   loss_weight_ = targets > 0 ? 1.0 / static_cast<double>(targets) : 0.0;
   const auto depth = static_cast<double>(std::max<int64_t>(c.plan.num_mtp_layers, 1));
   mtp_weight_ = mtp_lambda(c.config, command.step) / depth;
@@ -271,8 +272,13 @@ float PipelineWorker::balance_scale() const {
                             static_cast<double>(num_micro_batches_ * context_->config.micro_batch));
 }
 
-// ---- a chunk
-// --------------------------------------------------------------------------------------
+// ---- a chunk ------------------------------------------------------------------------------------
+
+// An evaluation takes every held-out row once. What its last pass has left of the batch repeats the
+// first rows, as padding.
+bool PipelineWorker::is_beyond(int64_t row) const {
+  return step_.evaluate && row >= data().num_rows();
+}
 
 // The micro-batch's rows; every stage reads them for itself.
 void PipelineWorker::load(Chunk& chunk) const {
@@ -281,7 +287,12 @@ void PipelineWorker::load(Chunk& chunk) const {
   chunk.rows.seq_rows = length;
   chunk.rows.rows = count * length;
   for (int64_t s = 0; s < count; ++s) {
-    auto row = value_of(data().row(first_row_ + chunk.micro_batch * count + s));
+    const int64_t index = first_row_ + chunk.micro_batch * count + s;
+    auto row = value_of(data().row(index));
+    if (is_beyond(index)) {
+      row.has_loss.assign(row.ids.size(), 0);
+      row.padding = static_cast<int64_t>(row.ids.size());
+    }
     for (int64_t i = 0; i < length; ++i) {
       const auto at = static_cast<size_t>(i);
       chunk.ids.push_back(row.ids[at]);
@@ -290,6 +301,8 @@ void PipelineWorker::load(Chunk& chunk) const {
       const bool counts = row.has_loss[at + 1] != 0 && row.first_key[at + 1] == row.first_key[at];
       chunk.targets.push_back(counts ? row.ids[at + 1] : reference::kNoTarget);
     }
+    // The last token is no input.
+    chunk.rows.padding.push_back(std::max<int64_t>(row.padding - 1, 0));
     chunk.sequences.push_back(std::move(row));
   }
 }
@@ -559,8 +572,7 @@ Task PipelineWorker::backward_end(int32_t phase, Chunk& chunk, Floats& dx, bool 
   co_await job("head", -1, head);
 }
 
-// ---- a block
-// --------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------
 
 void PipelineWorker::post_dispatches(const TrainBlock& b, int64_t micro_batch, TrainPass pass,
                                      const ExpertRoute& route, std::vector<BufferRef>& payloads) {

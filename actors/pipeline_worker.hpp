@@ -151,6 +151,7 @@ private:
     return step_.evaluate ? *context_->held_out : *context_->data;
   }
   [[nodiscard]] float balance_scale() const;
+  [[nodiscard]] bool is_beyond(int64_t row) const;
   [[nodiscard]] TrainPass forward_pass() const {
     return step_.evaluate ? TrainPass::evaluate : TrainPass::forward;
   }

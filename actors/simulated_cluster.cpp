@@ -93,7 +93,7 @@ caf::behavior training_client(caf::event_based_actor* self, caf::actor trainer, 
       },
       [=](const TrainRecord& record) {
         training->records.push_back(record);
-        if (!record.evaluated && record.step == *stop_at)
+        if (!record.evaluated() && record.step == *stop_at)
           self->send(trainer, StopTraining{token});
       },
       [=](const TrainingDone& done) {

@@ -46,8 +46,10 @@ struct TrainRecord {
   std::vector<std::vector<int64_t>> load; // per MoE layer, per expert
   double tokens_per_s = 0, bubble = 0, seconds = 0;
   uint64_t wire_bytes = 0;
-  int64_t tokens = 0;     // trained on so far
-  bool evaluated = false; // a pass over held-out rows: losses and loads only
+  int64_t tokens = 0; // trained on so far
+  // Above 0: a pass over the held-out rows, with so many targets; losses and loads only.
+  int64_t evaluated_tokens = 0;
+  [[nodiscard]] bool evaluated() const { return evaluated_tokens > 0; }
 };
 // News: the end. `error_code` 0 after a clean one.
 struct TrainingDone {
@@ -61,7 +63,8 @@ struct TrainingDone {
 
 struct BeginStep {
   int64_t step = 0; // from 1
-  // A pass over held-out rows [pass · batch, (pass + 1) · batch) instead: forward only.
+  // A pass over held-out rows [pass · batch, (pass + 1) · batch) instead, those that there are:
+  // forward only.
   bool evaluate = false;
   int64_t pass = 0;
 };
@@ -186,7 +189,7 @@ template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, TrainRecord& x) {
   return f(caf::meta::type_name("TrainRecord"), x.step, x.num_steps, x.main_loss, x.balance_loss,
            x.total_loss, x.grad_norm, x.lr, x.mtp_loss, x.max_vio, x.load, x.tokens_per_s, x.bubble,
-           x.seconds, x.wire_bytes, x.tokens, x.evaluated);
+           x.seconds, x.wire_bytes, x.tokens, x.evaluated_tokens);
 }
 template <class Inspector>
 typename Inspector::result_type inspect(Inspector& f, TrainingDone& x) {

@@ -26,6 +26,12 @@ caf::expected<ModelConfig> base_model(const TrainConfig& config) {
   if (!config.init.empty()) {
     if (const auto known = preset(config.init))
       return *known;
+    if (!fs::exists(config.init))
+      return make_error(
+          Errc::not_found,
+          fmt::format("init: \"{}\" is neither a preset nor a config.json or a folder "
+                      "with one; presets: {}",
+                      config.init, fmt::join(preset_names(), ", ")));
     return load_model_config(config.init);
   }
   return load_model_config(config.model);
@@ -120,6 +126,9 @@ caf::error find_resume_point(TrainSetup& setup, const json::object& settings) {
   for (const auto& line : changed_settings(found->state.settings, settings))
     setup.warnings.push_back(
         fmt::format("resume: {}; the run goes on, but not to the bit as it would have", line));
+  if (found->state.step >= config.steps)
+    setup.warnings.push_back(fmt::format("resume: step {} of {} is done, nothing is left to do",
+                                         found->state.step, config.steps));
   setup.resume_from = found->folder;
   setup.first_step = found->state.step + 1;
   return {};
@@ -127,7 +136,7 @@ caf::error find_resume_point(TrainSetup& setup, const json::object& settings) {
 
 // What a run leaves that ended before its first checkpoint, and what this one writes beside it.
 bool is_leftover(const TrainConfig& config, const fs::path& entry) {
-  if (is_temporary_checkpoint(entry))
+  if (is_temporary_checkpoint(entry) || entry.filename() == kLockFile)
     return true;
   return std::ranges::any_of(
       std::array{config.log, config.trace, config.dump_gradients}, [&](const fs::path& path) {
@@ -150,19 +159,6 @@ caf::error check_out(const TrainConfig& config) {
               "a folder of its own",
               config.out.string(), entry.path().filename().string()));
   return {};
-}
-
-// An evaluation takes whole batches.
-void warn_of_rest(TrainSetup& setup) {
-  const auto batch = batch_size(setup.config, setup.config.steps);
-  const auto rows = setup.held_out->num_rows();
-  if (rows < batch)
-    setup.warnings.push_back(fmt::format(
-        "held_out: {} rows are fewer than a batch of {}; some count more than once", rows, batch));
-  else if (rows % batch != 0)
-    setup.warnings.push_back(
-        fmt::format("held_out: the last {} of {} rows are not evaluated, they fill no batch of {}",
-                    rows % batch, rows, batch));
 }
 
 } // namespace
@@ -230,6 +226,11 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   setup->config = config;
   if (auto error = check_out(config))
     return error;
+  // Found now rather than after a step.
+  if (!config.dump_gradients.empty() && fs::exists(config.dump_gradients) &&
+      !fs::is_directory(config.dump_gradients))
+    return make_error(Errc::invalid_argument, fmt::format("dump_gradients: {} is no folder",
+                                                          config.dump_gradients.string()));
   auto model = base_model(config);
   if (!model)
     return model.error();
@@ -248,6 +249,12 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   if (!data)
     return data.error();
   setup->data = *data;
+  if (const auto length = setup->data->sequence_length();
+      length > setup->model.max_position_embeddings)
+    setup->warnings.push_back(
+        fmt::format("sequence_length: {} tokens are more than the model's context of {} "
+                    "(max_position_embeddings); --yarn-factor makes that longer",
+                    length, setup->model.max_position_embeddings));
   if (const auto warning = setup->data->warning(); !warning.empty())
     setup->warnings.push_back(warning);
   if (!config.held_out.empty()) {
@@ -256,7 +263,6 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
     if (!held_out)
       return held_out.error();
     setup->held_out = *held_out;
-    warn_of_rest(*setup);
   }
   if (!config.model.empty()) { // modules that are not there can't be trained
     auto checkpoint = Checkpoint::open(config.model);
@@ -276,10 +282,20 @@ caf::expected<std::shared_ptr<const TrainSetup>> load_train_setup(const TrainCon
   return make_error(Errc::io_error, error.what());
 }
 
-std::vector<int64_t> train_memory_bytes(const TrainConfig& config, const TrainPlan& plan) {
+// Elements that a micro-batch keeps for its way back: of each block input and middle, of the head
+// the logits' gradient.
+static int64_t micro_batch_elements(const TrainSetup& setup, const StageShare& share) {
+  const auto blocks = share.last_layer - share.first_layer + share.num_mtp_layers;
+  const auto row = static_cast<double>(2 * blocks * setup.model.hidden_size +
+                                       (share.last ? setup.model.vocab_size : 0));
+  return static_cast<int64_t>(std::min(static_cast<double>(setup.rows()) * row, 0x1p48));
+}
+
+std::vector<int64_t> train_memory_bytes(const TrainSetup& setup, const TrainPlan& plan) {
   const auto num_ranks = static_cast<size_t>(plan.num_ranks());
   std::vector<int64_t> elements(num_ranks, 0);
-  for (size_t r = 0; r < num_ranks; ++r)
+  for (size_t r = 0; r < num_ranks; ++r) {
+    int64_t micro_batch = 0; // in one phase or the other
     for (int32_t p = 0; p < num_phases(plan.kind()); ++p) {
       const RankId rank{static_cast<int32_t>(r)};
       const StageLayout layout{plan.config, plan.share(rank, p)};
@@ -287,8 +303,11 @@ std::vector<int64_t> train_memory_bytes(const TrainConfig& config, const TrainPl
       elements[r] +=
           layout.num_values() + directions * (plan.lanes_per_column() * layout.num_dense() +
                                               plan.groups_per_copy() * layout.num_expert());
+      micro_batch = std::max(micro_batch, micro_batch_elements(setup, plan.share(rank, p)));
     }
-  const int64_t arenas = config.ema > 0 ? 4 : 3; // masters, two moments, the average
+    elements[r] += micro_batch;
+  }
+  const int64_t arenas = setup.config.ema > 0 ? 4 : 3; // masters, two moments, the average
   for (const auto& tensor : plan_tensors(plan))
     elements[static_cast<size_t>(tensor.owner.value)] += arenas * tensor.spec.num_elements();
   for (auto& n : elements)

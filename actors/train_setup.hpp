@@ -16,6 +16,9 @@
 
 namespace troupe {
 
+// In OUT: whoever trains into it holds a lock on this file.
+inline constexpr const char* kLockFile = ".lock";
+
 struct TrainSetup {
   TrainConfig config;
   ModelConfig model; // as it is trained: MTP modules there are, YaRN where asked for
@@ -41,8 +44,8 @@ load_train_setup(const TrainConfig& config);
 // Settings that change what comes out, for state.json. Layout and threads are not among them.
 [[nodiscard]] boost::json::object settings_json(const TrainConfig& config);
 
-// Memory of each rank's weights, gradients and optimizer: the least it takes.
-[[nodiscard]] std::vector<int64_t> train_memory_bytes(const TrainConfig& config,
+// Memory of each rank's weights, gradients, optimizer and one micro-batch: the least it takes.
+[[nodiscard]] std::vector<int64_t> train_memory_bytes(const TrainSetup& setup,
                                                       const TrainPlan& plan);
 
 // What travels between two ranks at most, and what all of it together may take.

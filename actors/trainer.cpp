@@ -306,8 +306,8 @@ void begin_evaluation(Self self) {
   auto& state = self->state;
   state.evaluate_due = false;
   state.pass = 0;
-  state.num_passes = std::max<int64_t>(
-      state.setup->held_out->num_rows() / batch_size(state.setup->config, state.step), 1);
+  const int64_t batch = batch_size(state.setup->config, state.step);
+  state.num_passes = (state.setup->held_out->num_rows() + batch - 1) / batch;
   state.eval_reports.clear();
   begin_pass(self);
 }
@@ -335,10 +335,12 @@ void end_pass(Self self) {
   if (++state.pass < state.num_passes)
     return begin_pass(self);
   auto sums = add_reports(state.eval_reports);
-  sums.balance /= static_cast<double>(state.num_passes);
-  auto record =
-      make_record(state, sums, targets_of(*state.setup->held_out, 0, state.num_passes * batch));
-  record.evaluated = true;
+  // Each sequence came with a batch's share, and the last pass was not full.
+  const auto rows = state.setup->held_out->num_rows();
+  sums.balance *= static_cast<double>(batch) / static_cast<double>(rows);
+  const auto targets = targets_of(*state.setup->held_out, 0, rows);
+  auto record = make_record(state, sums, targets);
+  record.evaluated_tokens = targets;
   end_evaluation(state);
   if (const auto wrong = not_a_number(state, sums, record); !wrong.empty())
     return end(self, make_error(Errc::internal, "held-out data, " + wrong));

@@ -11,8 +11,6 @@
 #include <charconv>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iostream>
 #include <iterator>
 #include <sstream>
 
@@ -31,12 +29,17 @@ void divert_complaints(std::function<void(const caf::error&)> listener) {
   complaints() = std::move(listener);
 }
 
+void note(const std::string& text) {
+  std::fwrite(text.data(), 1, text.size(), stderr);
+  std::fflush(stderr);
+}
+
 int complain(const caf::error& error) {
   std::fflush(stdout); // results before the trouble that ended them
   if (complaints())
     complaints()(error);
   else
-    fmt::print(stderr, "troupe: error: {}\n", text_of(error));
+    note(fmt::format("troupe: error: {}\n", text_of(error)));
   return 1;
 }
 
@@ -77,6 +80,18 @@ caf::error check_writable(const std::string& path) {
   if (!exists)
     unlink(path.c_str());
   return {};
+}
+
+caf::error check_folder(const std::string& path) {
+  struct stat found {};
+  if (path.empty())
+    return make_error(Errc::invalid_argument, "MODEL: empty, expected the folder of a checkpoint");
+  if (stat(path.c_str(), &found) != 0)
+    return make_error(Errc::not_found, fmt::format("{}: {}", path, strerror(errno)));
+  return S_ISDIR(found.st_mode)
+             ? caf::error{}
+             : make_error(Errc::invalid_argument,
+                          path + ": is no folder, expected that of a checkpoint");
 }
 
 std::string with_commas(int64_t n) {
@@ -121,12 +136,30 @@ caf::expected<std::vector<int32_t>> parse_ids(const std::string& text) {
 }
 
 caf::expected<std::string> read_file(const std::string& path) {
-  if (path == "-")
-    return std::string{std::istreambuf_iterator<char>{std::cin}, {}};
-  std::ifstream file{path, std::ios::binary};
-  std::string text{std::istreambuf_iterator<char>{file}, {}};
-  if (!file.good() && !file.eof())
-    return make_error(Errc::not_found, fmt::format("{}: can't be read", path));
+  constexpr size_t kMaxBytes = size_t{1} << 30; // of a pipe or device, which may be endless
+  const bool standard = path == "-";
+  const auto name = standard ? std::string{"standard input"} : path;
+  const int fd = standard ? STDIN_FILENO : open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct stat kind {};
+  const bool bounded = fd >= 0 && fstat(fd, &kind) == 0 && S_ISREG(kind.st_mode);
+  std::string text;
+  ssize_t n = fd < 0 ? -1 : 1;
+  for (char bytes[65536]; n > 0 && (bounded || text.size() <= kMaxBytes);) {
+    n = read(fd, bytes, sizeof bytes);
+    if (n < 0 && errno == EINTR)
+      n = 1; // again
+    else if (n > 0)
+      text.append(bytes, static_cast<size_t>(n));
+  }
+  const int why = n < 0 ? errno : 0;
+  if (!standard && fd >= 0)
+    close(fd);
+  if (why != 0)
+    return make_error(why == ENOENT ? Errc::not_found : Errc::io_error,
+                      fmt::format("{}: can't be read: {}", name, strerror(why)));
+  if (!bounded && text.size() > kMaxBytes)
+    return make_error(Errc::malformed, fmt::format("{}: more than {} of text", name,
+                                                   bytes_text(static_cast<int64_t>(kMaxBytes))));
   return text;
 }
 
@@ -144,14 +177,13 @@ void ProgressLine::show(const std::string& text) {
   if (!enabled_)
     return;
   // A line that wraps could not be taken back.
-  fmt::print(stderr, "\r\x1b[K{}", text.substr(0, width()));
-  std::fflush(stderr);
+  note("\r\x1b[K" + text.substr(0, width()));
   shown_ = true;
 }
 
 void ProgressLine::clear() {
   if (shown_)
-    fmt::print(stderr, "\r\x1b[K");
+    note("\r\x1b[K");
   shown_ = false;
 }
 

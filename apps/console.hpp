@@ -21,6 +21,10 @@ int wrong_usage(const std::string& text);
 // cause.
 void divert_complaints(std::function<void(const caf::error&)> listener);
 
+// To stderr, what a person may want to read. That nobody reads it any more, or that its disk is
+// full, is no reason to end.
+void note(const std::string& text);
+
 // `code`, unless what was printed could not be written (a full disk, a closed pipe).
 [[nodiscard]] int after_output(int code);
 // Whether a file can be written there, found out before the work that fills it. An existing file
@@ -34,6 +38,9 @@ void divert_complaints(std::function<void(const caf::error&)> listener);
 
 // "5,7,9" -> ids. Errors name the piece that is no token id.
 [[nodiscard]] caf::expected<std::vector<int32_t>> parse_ids(const std::string& text);
+// An error unless a folder stands there, for commands that would miss one of its files instead.
+[[nodiscard]] caf::error check_folder(const std::string& path);
+
 // The whole file, or standard input for "-". Errors name the file.
 [[nodiscard]] caf::expected<std::string> read_file(const std::string& path);
 

@@ -173,7 +173,7 @@ int run(GenerateOptions& o, ClusterClient& client, std::shared_ptr<const Tokeniz
   if (o.json)
     fmt::print("{}\n", boost::json::serialize(to_json(*done, *stats, answer, *info)));
   else if (!o.quiet)
-    fmt::print(stderr, "{}", summary(*done, *stats, *info));
+    note(summary(*done, *stats, *info));
   return 0;
 }
 

@@ -6,11 +6,16 @@
 
 #include <CLI/CLI.hpp>
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace {
 
@@ -33,9 +38,18 @@ bool is_unknown_command(const CLI::App& app, int argc, char** argv) {
   return false;
 }
 
+// A file opened later must not take the place of a stream that was closed before. Results can't be
+// written to a closed stdout, which is told; what goes to a closed stderr is lost.
+void open_standard_streams() {
+  for (int fd = 0; fd < 3; ++fd)
+    if (fcntl(fd, F_GETFD) < 0)
+      static_cast<void>(open("/dev/null", fd == STDERR_FILENO ? O_WRONLY : O_RDONLY));
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
+  open_standard_streams();
   CLI::App app{"Runs DeepSeek-V3-class models on a cluster of actors.\n"
                "`troupe COMMAND --help` tells about a command.",
                "troupe"};
@@ -56,6 +70,7 @@ int main(int argc, char** argv) {
   if (is_unknown_command(app, argc, argv))
     return 2;
   std::signal(SIGPIPE, SIG_IGN); // a closed pipe is a failed write, which is told
+  std::signal(SIGXFSZ, SIG_IGN); // and so is a file at the size that is allowed
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -65,6 +80,11 @@ int main(int argc, char** argv) {
     return 2;
   } catch (const std::bad_alloc&) {
     return troupe::complain("out of memory");
+  } catch (const std::invalid_argument& error) {
+    if (std::string_view{error.what()} != "stoll") // the parser's word for --json=maybe
+      return troupe::complain(error.what());
+    std::fprintf(stderr, "troupe: error: a flag's value is neither true nor false\n");
+    return 2;
   } catch (const std::exception& error) { // no thread, no file: what the system refuses
     return troupe::complain(error.what());
   }

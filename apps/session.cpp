@@ -6,6 +6,7 @@
 #include "actors/rank_process.hpp"
 #include "apps/console.hpp"
 #include "apps/launcher_env.hpp"
+#include "apps/option_checks.hpp"
 #include "apps/tls_files.hpp"
 #include "config/cluster_spec.hpp"
 
@@ -96,10 +97,10 @@ void end_gently() {
     sigaction(s, &action, nullptr);
 }
 
-// The least of what training takes; activations and messages come on top.
-caf::error check_training_fits(const TrainConfig& config, const TrainPlan& plan,
+// The least of what training takes; other live micro-batches and messages come on top.
+caf::error check_training_fits(const TrainSetup& setup, const TrainPlan& plan,
                                int32_t local_ranks) {
-  auto bytes = train_memory_bytes(config, plan);
+  auto bytes = train_memory_bytes(setup, plan);
   std::ranges::sort(bytes); // which of them are local, a launcher decides
   bytes.resize(std::min(bytes.size(), static_cast<size_t>(local_ranks)));
   const auto needed = std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
@@ -107,8 +108,8 @@ caf::error check_training_fits(const TrainConfig& config, const TrainPlan& plan,
   if (needed <= available)
     return {};
   return make_error(Errc::out_of_memory,
-                    fmt::format("weights, gradients and optimizer of {} rank(s) on this host take "
-                                "at least {}, {} of memory are available",
+                    fmt::format("weights, gradients, optimizer and a micro-batch of {} rank(s) on "
+                                "this host take at least {}, {} of memory are available",
                                 local_ranks, bytes_text(needed), bytes_text(available)));
 }
 
@@ -124,11 +125,14 @@ caf::error resolve_training(SessionOptions& o) {
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     o.cluster.num_threads = std::max(1, cores / o.cluster.local_ranks);
   }
-  return check_training_fits(setup.config, *plan, o.cluster.local_ranks);
+  return check_training_fits(setup, *plan, o.cluster.local_ranks);
 }
 
 // Everything that can be wrong is found here, once, before any process starts.
 caf::error resolve(SessionOptions& o) {
+  if (!o.trace.empty()) // rank 0's stands for all: they are neighbours
+    if (auto error = check_writable(o.trace + ".0.json"))
+      return with_context("trace", error);
   if (o.cluster.train)
     return resolve_training(o);
   if (o.ranks < 0)
@@ -374,6 +378,7 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
   command
       .add_option("--placement-seed", o.cluster.shape.placement_seed,
                   "Random placement of experts; 0: by gate group")
+      ->check(unsigned_number())
       ->capture_default_str()
       ->group(group);
   command
@@ -383,6 +388,7 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
       ->group(group);
   command
       .add_option("--attach", o.attach, "Use the running cluster at HOST:PORT or of a cluster file")
+      ->check(not_empty())
       ->group(group);
   command
       .add_option("--token", o.token,
@@ -402,6 +408,7 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
       ->group(group);
   command
       .add_option("--trace", o.trace, "Write a Chrome/Perfetto trace per rank: PREFIX.RANK.json")
+      ->check(not_empty())
       ->group(group);
 
   const char* arithmetic = "Arithmetic and memory";
@@ -444,6 +451,13 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
                   "4096)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->group(arithmetic);
+  // What a running cluster has decided already.
+  auto* attach = command.get_option("--attach");
+  for (const char* decided :
+       {"--ranks", "--layout", "--tp", "--nodes", "--dispatch", "--fabric", "--placement-seed",
+        "--threads", "--join-timeout", "--trace", "--compute", "--fp8", "--backend",
+        "--prefill-chunk", "--overlap-rows", "--batch", "--kv-tokens"})
+    attach->excludes(command.get_option(decided));
 }
 
 void need_context(SessionOptions& o, int64_t tokens, int32_t speculate) {

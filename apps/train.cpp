@@ -11,11 +11,15 @@
 #include <boost/json.hpp>
 #include <fmt/format.h>
 
+#include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -62,15 +66,16 @@ json::object to_json(const TrainRecord& r) {
                     {"mtp_loss", mtp_loss(r)},
                     {"balance_loss", r.balance_loss},
                     {"total_loss", r.total_loss}};
-  if (r.evaluated)
+  if (r.evaluated()) {
     line["evaluated"] = true;
-  if (!r.evaluated) {
+    line["evaluated_tokens"] = r.evaluated_tokens;
+  } else {
     line["grad_norm"] = r.grad_norm;
     line["lr"] = r.lr;
   }
   line["max_vio"] = json::value_from(r.max_vio);
   line["load"] = json::value_from(r.load);
-  if (!r.evaluated) {
+  if (!r.evaluated()) {
     line["tokens_per_s"] = r.tokens_per_s;
     line["bubble"] = r.bubble;
     line["wire_bytes"] = r.wire_bytes;
@@ -106,20 +111,35 @@ public:
           kept += line + '\n';
       }
     }
-    // In one step, so that a full disk does not cost the lines that are there.
-    auto temporary = path;
+    // A terminal, a pipe or a device is written to as it is.
+    if (fs::exists(path, error) && !fs::is_regular_file(path, error)) {
+      log.file_.open(path, std::ios::binary);
+      if (!log.file_)
+        return make_error(Errc::io_error, fmt::format("{}: can't be written", path.string()));
+      return log;
+    }
+    // In one step, so that a full disk does not cost the lines that are there. A link stays one.
+    const auto target = fs::weakly_canonical(path, error);
+    if (error)
+      return make_error(Errc::io_error, fmt::format("{}: {}", path.string(), error.message()));
+    auto temporary = target;
     temporary += ".new";
     log.file_.open(temporary, std::ios::binary | std::ios::trunc);
     log.file_ << kept << std::flush;
     if (log.file_)
-      fs::rename(temporary, path, error);
+      fs::rename(temporary, target, error);
     if (!log.file_ || error)
       return make_error(Errc::io_error, fmt::format("{}: can't be written", path.string()));
     return log;
   }
   void add(const TrainRecord& record) {
-    if (!path_.empty())
-      file_ << json::serialize(to_json(record)) << '\n' << std::flush;
+    if (path_.empty() || !file_)
+      return;
+    file_ << json::serialize(to_json(record)) << '\n' << std::flush;
+    if (!file_) // told now, as the run goes on; it fails at its end
+      note(fmt::format("troupe: warning: {}: can't be written; step {} and those after it are not "
+                       "logged\n",
+                       path_.string(), record.step));
   }
   [[nodiscard]] caf::error error() const {
     return path_.empty() || file_
@@ -147,12 +167,13 @@ public:
   void show(const TrainRecord& r) {
     if (!enabled_)
       return;
-    if (r.evaluated) {
+    if (r.evaluated()) {
       line_.clear();
-      fmt::print(stderr, "step {}: held-out loss {:.4f} (perplexity {:.2f}){}, MaxVio {:.3f}\n",
-                 r.step, r.main_loss, std::exp(r.main_loss),
-                 r.mtp_loss.empty() ? "" : fmt::format(", MTP {:.4f}", mean(r.mtp_loss)),
-                 largest(r.max_vio));
+      note(fmt::format(
+          "step {}: held-out loss {:.4f} (perplexity {:.2f}){}, MaxVio {:.3f}, {} tokens\n", r.step,
+          r.main_loss, std::exp(r.main_loss),
+          r.mtp_loss.empty() ? "" : fmt::format(", MTP {:.4f}", mean(r.mtp_loss)),
+          largest(r.max_vio), with_commas(r.evaluated_tokens)));
       return;
     }
     // Recent steps say best how long the others will take.
@@ -164,13 +185,15 @@ public:
         r.num_steps, r.main_loss,
         r.mtp_loss.empty() ? "" : fmt::format("  MTP {:.4f}", mean(r.mtp_loss)), largest(r.max_vio),
         with_commas(std::llround(r.tokens_per_s)), 100 * r.bubble, duration_text(left));
-    if (terminal_)
-      return line_.show(bar(r.step, r.num_steps) + " " + text);
+    if (terminal_) {
+      const auto with_bar = bar(r.step, r.num_steps) + " " + text;
+      return line_.show(with_bar.size() <= ProgressLine::width() ? with_bar : text);
+    }
     const auto now = Clock::now();
     if (r.step != r.num_steps && last_ && now - *last_ < std::chrono::seconds{10})
       return;
     last_ = now;
-    fmt::print(stderr, "{}\n", text);
+    note(text + "\n");
   }
   void clear() { line_.clear(); }
 
@@ -192,7 +215,7 @@ int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
   if (!log)
     return complain(log.error());
   for (const auto& warning : setup.warnings)
-    fmt::print(stderr, "troupe: warning: {}\n", warning);
+    note(fmt::format("troupe: warning: {}\n", warning));
   TrainProgress progress{!o.quiet && !o.json};
   TrainRecord last, held_out;
   caf::expected<TrainingDone> done{
@@ -202,7 +225,7 @@ int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
         [&](const TrainRecord& record) {
           log->add(record);
           progress.show(record);
-          (record.evaluated ? held_out : last) = record;
+          (record.evaluated() ? held_out : last) = record;
         },
         interrupted);
   progress.clear();
@@ -217,18 +240,38 @@ int run(const TrainOptions& o, const TrainSetup& setup, ClusterClient& client) {
     object.erase("load");
     object["checkpoint"] = done->checkpoint;
     object["steps"] = done->step;
-    if (held_out.evaluated) {
+    if (held_out.evaluated()) {
       object["held_out_loss"] = held_out.main_loss;
       object["held_out_perplexity"] = std::exp(held_out.main_loss);
       object["held_out_max_vio"] = json::value_from(held_out.max_vio);
     }
     fmt::print("{}\n", json::serialize(object));
   } else if (!o.quiet) {
-    fmt::print(stderr, "{} after step {}{}\n",
-               done->step < last.num_steps || interrupted() ? "Stopped" : "Done", done->step,
-               done->checkpoint.empty() ? "; nothing is kept" : ": " + done->checkpoint);
+    note(fmt::format("{} after step {}{}\n",
+                     done->step < last.num_steps || interrupted() ? "Stopped" : "Done", done->step,
+                     done->checkpoint.empty() ? "; nothing is kept" : ": " + done->checkpoint));
   }
   return 0;
+}
+
+// Two runs in one folder would mix their checkpoints. The lock is the process's and of the ranks it
+// starts, which inherit it: a run can't begin while the one before still ends.
+caf::error lock_folder(const fs::path& out) {
+  std::error_code error;
+  fs::create_directories(out, error);
+  if (error)
+    return make_error(Errc::io_error, fmt::format("out: {}: {}", out.string(), error.message()));
+  const auto path = out / kLockFile;
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (fd < 0)
+    return make_error(Errc::io_error, fmt::format("out: {}: {}", path.string(), strerror(errno)));
+  // What can't lock, as some network folders, does not keep a run from training.
+  if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    close(fd);
+    return make_error(Errc::invalid_argument,
+                      fmt::format("out: another run is writing into {}", out.string()));
+  }
+  return {}; // open until the end
 }
 
 // Makes one file of those that ranks wrote.
@@ -270,10 +313,15 @@ int train(TrainOptions& o) {
   if (!o.session.trace.empty())
     if (auto error = check_writable(o.session.trace))
       return complain(error);
+  // Of a launcher's tasks, the one that writes the log.
+  const auto task = config->fabric == "loopback" ? std::nullopt : detect_launcher(environment);
+  if (!config->out.empty() && (!task || task->rank == 0))
+    if (auto error = lock_folder(config->out))
+      return complain(error);
   const int code =
       with_cluster(o.session, [&](ClusterClient& client) { return run(o, **setup, client); });
   // Tasks of a launcher may have their files on other hosts.
-  const bool all_here = config->fabric == "loopback" || !detect_launcher(environment);
+  const bool all_here = !task;
   if (code == 0 && !o.session.trace.empty() && all_here)
     if (auto error = merge_traces(o.session.trace, config->num_ranks()))
       return complain(error);
@@ -305,6 +353,7 @@ void add_train(CLI::App& app, int& code) {
               flag_name(field),
               [o, field](const std::string& text) { o->overrides.emplace_back(field, text); },
               flag.help)
+          ->type_name(flag.type)
           ->group("Settings");
   }
   command->add_option("--join-timeout", o->session.join_timeout_s, "Seconds to wait for all ranks")

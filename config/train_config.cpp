@@ -63,6 +63,17 @@ bool set_field(pb::Message& message, const pb::FieldDescriptor& field, const std
   }
 }
 
+const char* type_of(const pb::FieldDescriptor& field) {
+  switch (field.cpp_type()) {
+  case pb::FieldDescriptor::CPPTYPE_DOUBLE:
+    return "FLOAT";
+  case pb::FieldDescriptor::CPPTYPE_STRING:
+    return "TEXT";
+  default:
+    return "INT";
+  }
+}
+
 std::string_view kind_of(const pb::FieldDescriptor& field) {
   switch (field.cpp_type()) {
   case pb::FieldDescriptor::CPPTYPE_DOUBLE:
@@ -282,7 +293,7 @@ std::vector<TrainFlag> train_flags() {
   for (int i = 0; i < descriptor->field_count(); ++i) {
     const auto* field = descriptor->field(i);
     if (!field->is_repeated())
-      flags.push_back({field->name(), field->options().GetExtension(proto::help),
+      flags.push_back({field->name(), field->options().GetExtension(proto::help), type_of(*field),
                        field->cpp_type() == pb::FieldDescriptor::CPPTYPE_BOOL});
   }
   return flags;

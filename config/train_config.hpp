@@ -76,8 +76,8 @@ struct TrainConfig {
 
 // A field that can be set by a flag.
 struct TrainFlag {
-  std::string field; // "weight_decay"; flag_name gives "--weight-decay"
-  std::string help;
+  std::string field;      // "weight_decay"; flag_name gives "--weight-decay"
+  std::string help, type; // "INT", "FLOAT", "TEXT"
   bool is_bool = false;
 };
 [[nodiscard]] std::vector<TrainFlag> train_flags();

@@ -120,6 +120,10 @@ open_packed(const fs::path& path, std::optional<int64_t> length, int64_t vocab_s
     return rows.error();
   if (auto error = check_vocabulary(path, tokenizer))
     return error;
+  std::error_code ignored; // what was opened is there
+  if (!fs::is_directory(path, ignored))
+    if (auto error = check_tokens(*rows))
+      return error;
   return std::shared_ptr<const TrainData>{std::make_shared<PackedRows>(std::move(*rows), seed)};
 }
 
@@ -159,6 +163,7 @@ public:
     }
     const std::vector<int32_t> padding(n - row.ids.size(), padding_);
     append(row, padding, std::vector<uint8_t>(padding.size(), 0));
+    row.padding = static_cast<int64_t>(padding.size());
     return row;
   }
   [[nodiscard]] caf::expected<int64_t> num_loss_tokens(int64_t index) const override {

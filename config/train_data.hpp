@@ -22,6 +22,7 @@ struct TrainRow {
   std::vector<int32_t> first_key; // [T + 1]: row (of the sequence) where this token's sample
                                   // begins: it sees nothing before; 0 for packed text
   std::vector<int32_t> positions; // [T + 1]: for rotation; counted from first_key
+  int64_t padding = 0;            // so many tokens at the end only fill the row
 };
 
 // Immutable and thread-safe.

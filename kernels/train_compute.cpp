@@ -57,6 +57,8 @@ MicroBatchRows without_last(const MicroBatchRows& rows, int64_t k) {
       out.positions.push_back(rows.positions[from]);
       out.first_key.push_back(rows.first_key[from] - static_cast<int32_t>(s * k));
     }
+  for (const int64_t n : rows.padding)
+    out.padding.push_back(std::min(n, out.seq_rows));
   return out;
 }
 
@@ -453,18 +455,20 @@ void TrainCompute::gate_forward(const TrainBlock& b, const MicroBatchRows& rows,
     }
   });
   s.counts.assign(static_cast<size_t>(experts), 0);
-  for (const int32_t e : s.idx)
-    ++s.counts[static_cast<size_t>(e)];
+  for (int64_t q = 0; q < rows.num_sequences(); ++q) {
+    const auto first = s.idx.begin() + q * rows.seq_rows * top_k;
+    std::for_each(first, first + rows.text_rows(q) * top_k,
+                  [&](int32_t e) { ++s.counts[static_cast<size_t>(e)]; });
+  }
   s.balance_loss = 0;
   if (balance_scale == 0)
     return;
   std::vector<float> f(static_cast<size_t>(experts)), none(static_cast<size_t>(experts));
   for (int64_t q = 0; q < rows.num_sequences(); ++q) {
-    const int64_t first = q * rows.seq_rows;
-    reference::balance_fractions<float>(shape, rows.seq_rows, s.idx.data() + first * top_k,
-                                        f.data());
+    const int64_t first = q * rows.seq_rows, length = rows.text_rows(q);
+    reference::balance_fractions<float>(shape, length, s.idx.data() + first * top_k, f.data());
     double sum = 0; // reference::balance_loss without its gradient
-    for (int64_t r = first; r < first + rows.seq_rows; ++r) {
+    for (int64_t r = first; r < first + length; ++r) {
       const float* scores = s.scores.get() + r * experts;
       float total = 0, dot = 0;
       for (int64_t e = 0; e < experts; ++e)
@@ -473,9 +477,8 @@ void TrainCompute::gate_forward(const TrainBlock& b, const MicroBatchRows& rows,
         dot = std::fma(f[static_cast<size_t>(e)], scores[e] / total, dot);
       sum += static_cast<double>(dot);
     }
-    if (rows.seq_rows > 0)
-      s.balance_loss +=
-          static_cast<double>(balance_scale) * sum / static_cast<double>(rows.seq_rows);
+    if (length > 0)
+      s.balance_loss += static_cast<double>(balance_scale) * sum / static_cast<double>(length);
   }
 }
 
@@ -490,8 +493,9 @@ Floats TrainCompute::gate_backward(const TrainBlock& b, const MicroBatchRows& ro
   std::vector<float> f(static_cast<size_t>(rows.num_sequences() * experts));
   if (balance_scale != 0)
     for (int64_t q = 0; q < rows.num_sequences(); ++q)
-      reference::balance_fractions<float>(
-          shape, rows.seq_rows, s.idx.data() + q * rows.seq_rows * top_k, f.data() + q * experts);
+      reference::balance_fractions<float>(shape, rows.text_rows(q),
+                                          s.idx.data() + q * rows.seq_rows * top_k,
+                                          f.data() + q * experts);
   workers.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       float* scores = s.scores.get() + r * experts;
@@ -499,11 +503,11 @@ Floats TrainCompute::gate_backward(const TrainBlock& b, const MicroBatchRows& ro
       reference::gate_weights_backward<float>(
           shape, factor, scores, {s.idx.data() + r * top_k, static_cast<size_t>(top_k)},
           dweight + r * top_k, d);
-      if (balance_scale != 0) {
+      const int64_t q = r / rows.seq_rows, length = rows.text_rows(q);
+      if (balance_scale != 0 && r % rows.seq_rows < length) {
         // One row's share: the mean over the sequence's rows is in the scale.
-        const float* fractions = f.data() + r / rows.seq_rows * experts;
         static_cast<void>(reference::balance_loss<float>(
-            shape, 1, balance_scale / static_cast<float>(rows.seq_rows), fractions,
+            shape, 1, balance_scale / static_cast<float>(length), f.data() + q * experts,
             {scores, experts}, {d, experts}));
       }
       reference::gate_scores_backward(shape, scores, d, d);

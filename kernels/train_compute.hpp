@@ -64,9 +64,17 @@ struct MicroBatchRows {
   int64_t rows = 0, seq_rows = 0;
   std::vector<int32_t> positions; // [rows]
   std::vector<int32_t> first_key; // [rows], absolute row
+  // [num_sequences]: so many rows at a sequence's end only fill it. They are computed, and count
+  // neither as an expert's load nor in the balance loss. Empty: none anywhere.
+  std::vector<int64_t> padding;
   [[nodiscard]] int64_t num_sequences() const { return seq_rows == 0 ? 0 : rows / seq_rows; }
+  // The rows of sequence q before its padding.
+  [[nodiscard]] int64_t text_rows(int64_t q) const {
+    return seq_rows - (padding.empty() ? 0 : padding[static_cast<size_t>(q)]);
+  }
 };
-// The first seq_rows - k rows of each sequence: what MTP module k sees.
+// The first seq_rows - k rows of each sequence: what MTP module k sees. As row i takes in the token
+// of row i + k, there are as many rows of padding as before.
 [[nodiscard]] MicroBatchRows without_last(const MicroBatchRows& rows, int64_t k);
 
 struct AttentionSaved {
@@ -83,7 +91,7 @@ struct GateSaved {
   Floats scores;               // [rows, n_experts], before any bias
   std::vector<int32_t> idx;    // [rows, top_k]
   std::vector<float> weight;   // [rows, top_k]
-  std::vector<int64_t> counts; // [n_experts]
+  std::vector<int64_t> counts; // [n_experts], without padding
   double balance_loss = 0;     // already times alpha / batch
 };
 

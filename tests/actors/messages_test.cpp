@@ -113,7 +113,7 @@ TEST_CASE("every message of training survives the wire") {
   record.load = {{1, 2}, {3, 4}};
   record.wire_bytes = uint64_t{1} << 40;
   record.tokens = 11;
-  record.evaluated = true;
+  record.evaluated_tokens = 13;
   const auto told = round_trip(system, record);
   CHECK(told.step == 7);
   CHECK(told.num_steps == 9);
@@ -123,7 +123,8 @@ TEST_CASE("every message of training survives the wire") {
   CHECK(told.load == record.load);
   CHECK(told.wire_bytes == record.wire_bytes);
   CHECK(told.tokens == 11);
-  CHECK(told.evaluated);
+  CHECK(told.evaluated_tokens == 13);
+  CHECK(told.evaluated());
   const auto done = round_trip(system, TrainingDone{3, "why", 5, "folder"});
   CHECK(done.error_code == 3);
   CHECK(done.error == "why");

@@ -7,6 +7,8 @@
 
 #include <boost/json.hpp>
 
+#include <algorithm>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,13 @@ struct Losses {
   friend bool operator==(const Losses&, const Losses&) = default;
 };
 
+int64_t sum(const json::value& counts) {
+  int64_t all = 0;
+  for (const auto& n : counts.as_array())
+    all += n.as_int64();
+  return all;
+}
+
 class Conversations {
 public:
   Outcome train(const std::string& lines, const std::vector<std::string>& more) const {
@@ -46,13 +55,25 @@ public:
                                   "loopback",
                                   "--threads",
                                   "1",
-                                  "--sequence-length",
-                                  "160",
                                   "--init-std",
                                   "0.05",
                                   "--json"};
     args.insert(args.end(), more.begin(), more.end());
+    if (std::ranges::find(more, "--sequence-length") == more.end())
+      args.insert(args.end(), {"--sequence-length", "160"});
     return run(args);
+  }
+  // The log of one step, with rows of so many tokens.
+  json::object step(const std::string& lines, const std::string& length) const {
+    const auto log = (folder_ / "log.jsonl").string();
+    const auto outcome = train(lines, {"--steps", "1", "--batch", "1", "--balance-alpha", "0.1",
+                                       "--sequence-length", length, "--log", log});
+    CAPTURE(outcome.err);
+    REQUIRE(outcome.code == 0);
+    std::ifstream file{log};
+    std::string line;
+    REQUIRE(std::getline(file, line));
+    return json::parse(line).as_object();
   }
   Losses losses(const std::string& lines, const std::vector<std::string>& more) const {
     const auto outcome = train(lines, more);
@@ -81,6 +102,24 @@ TEST_CASE("samples that share a row do not see each other, in the main model and
   CHECK(share < 0.5); // the first has fewer tokens
   CHECK(mtp_share == doctest::Approx(share).epsilon(1e-4));
   CHECK(chat.losses(kSecond + kFirst, one_step).main == doctest::Approx(both.main).epsilon(1e-6));
+}
+
+TEST_CASE("padding is no expert's load, and changes neither biases nor gradients") {
+  const Conversations chat;
+  const auto shorter = chat.step(kFirst, "160"), longer = chat.step(kFirst, "224");
+  CHECK(shorter.at("load") == longer.at("load"));
+  CHECK(shorter.at("max_vio") == longer.at("max_vio"));
+  const auto& load = shorter.at("load").as_array();
+  const auto text = sum(load.front()); // four experts for each token of the sample
+  CHECK(text > 0);
+  CHECK(text < 4 * 100);
+  CHECK(sum(load.back()) ==
+        text - 4); // the MTP module takes in the next token, and the last has none
+  for (const char* name : {"main_loss", "mtp_loss", "balance_loss", "grad_norm"}) {
+    CAPTURE(name);
+    CHECK(shorter.at(name).as_double() ==
+          doctest::Approx(longer.at(name).as_double()).epsilon(1e-6));
+  }
 }
 
 TEST_CASE("fine-tuning gives the same losses to the bit on one rank and in a pipeline") {

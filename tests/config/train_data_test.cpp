@@ -179,6 +179,9 @@ TEST_CASE("held-out text is read in order, from shards or rows") {
   const auto wrong = TrainData::open_held_out(path, 5, 8);
   REQUIRE(!wrong);
   says(text_of(wrong.error()), "held_out: " + path.string());
+  const auto foreign = TrainData::open_held_out(path, 3, 7); // found before the first evaluation
+  REQUIRE(!foreign);
+  says(text_of(foreign.error()), "7 is not in the vocabulary");
 }
 
 TEST_CASE("the digest tells data apart by their tokens, counts and lengths") {
