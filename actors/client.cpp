@@ -54,15 +54,18 @@ ClusterClient::connect(caf::actor_system& system, const std::string& host, uint1
                        std::string token, std::chrono::milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
-    auto handle = reach_port(system, host, port);
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    auto handle = reach_port(system, host, port, left);
     if (handle)
       return std::unique_ptr<ClusterClient>{
           new ClusterClient{system, std::move(*handle), std::move(token)}};
-    if (std::chrono::steady_clock::now() >= deadline)
+    if (code_of(handle.error()) == Errc::not_found || std::chrono::steady_clock::now() >= deadline)
       return make_error(
           Errc::unreachable,
-          fmt::format("no cluster answers at {}:{}{}", host, port,
-                      !speaks_tls(system) ? "" : ", or it does not take this certificate"));
+          fmt::format("no cluster answers at {}:{}{}: {}", host, port,
+                      !speaks_tls(system) ? "" : ", or it does not take this certificate",
+                      text_of(handle.error())));
     std::this_thread::sleep_for(std::chrono::milliseconds{50});
   }
 }

@@ -70,12 +70,15 @@ caf::expected<caf::actor> reach_seed(caf::actor_system& system, const std::strin
     return endpoint.error();
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
-    auto handle = reach_port(system, endpoint->host, endpoint->port);
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    auto handle = reach_port(system, endpoint->host, endpoint->port, left);
     if (handle)
       return std::move(*handle);
     if (std::chrono::steady_clock::now() >= deadline)
       return make_error(Errc::unreachable,
-                        fmt::format("rank 0's control port {} can't be reached", seed));
+                        fmt::format("rank 0's control port {} can't be reached: {}", seed,
+                                    text_of(handle.error())));
     std::this_thread::sleep_for(std::chrono::milliseconds{100});
   }
 }

@@ -8,6 +8,7 @@
 #include <caf/actor.hpp>
 #include <caf/actor_system.hpp>
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 
@@ -27,8 +28,10 @@ struct TlsFiles {
 [[nodiscard]] caf::expected<uint16_t> publish_port(caf::actor_system& system,
                                                    const caf::actor& actor, const std::string& host,
                                                    uint16_t port);
-// One try; it may take seconds where packets are dropped. CAF's error.
+// One try, for at most `timeout`, whoever is there and whatever it says. Errc::not_found where the
+// host has no address, else Errc::unreachable; the error is the reason alone.
 [[nodiscard]] caf::expected<caf::actor> reach_port(caf::actor_system& system,
-                                                   const std::string& host, uint16_t port);
+                                                   const std::string& host, uint16_t port,
+                                                   std::chrono::milliseconds timeout);
 
 } // namespace troupe

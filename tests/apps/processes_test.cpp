@@ -4,6 +4,10 @@
 
 #include <doctest/doctest.h>
 
+#include <netinet/in.h>
+#include <pty.h>
+#include <sys/socket.h>
+
 #include <algorithm>
 
 namespace troupe::test {
@@ -158,6 +162,121 @@ TEST_CASE("a launched cluster serves clients with its token until it is told to 
   CHECK(o.code == 128 + SIGTERM);
   CHECK(o.err.empty());
   CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("a killed client's request ends, and leaves the cluster's memory to the next") {
+  const Scratch s;
+  // Room for one of these requests, not for two.
+  std::ofstream{s.path("c.textproto")} << "model: \"model\" ranks: 2 kv_tokens: 4096 "
+                                          "control { token: \"correct horse\" port: 29475 }";
+  Program cluster{{"launch", s.path("c.textproto"), "--json"}};
+  REQUIRE(cluster.await_output("\n", std::chrono::seconds{20}));
+  const auto request = [&](const std::string& max_tokens) {
+    return std::vector<std::string>{"generate", s.model,           "--tokens", "5,7",
+                                    "-n",       max_tokens,        "-q",       "--ignore-eos",
+                                    "--attach", "127.0.0.1:29475", "--token",  "correct horse"};
+  };
+  for (int i = 0; i < 3; ++i) {
+    Program client{request("4000")};
+    REQUIRE(client.await_output(",", std::chrono::seconds{20}));
+    kill(client.pid(), SIGKILL);
+    CHECK(client.finish().code == 128 + SIGKILL);
+  }
+  const auto o = run(request("4000"));
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  CHECK(std::count(o.out.begin(), o.out.end(), ',') == 3999);
+  kill(cluster.pid(), SIGTERM);
+  CHECK(cluster.finish().left_behind == 0);
+}
+
+TEST_CASE("garbage on the control port harms nobody") {
+  const Scratch s;
+  std::ofstream{s.path("c.textproto")} << "model: \"model\" ranks: 2 "
+                                          "control { token: \"correct horse\" port: 29476 }";
+  Program cluster{{"launch", s.path("c.textproto"), "--json"}};
+  REQUIRE(cluster.await_output("\n", std::chrono::seconds{20}));
+  const auto frame = [](char kind, const std::string& length) {
+    return std::string{kind} + std::string(3, '\0') + length + std::string(24, '\0');
+  };
+  const std::string none(4, '\0');
+  // The second made CAF follow a null pointer; the third takes 4 GiB where it is believed.
+  for (const auto& bytes :
+       {std::string{"GET / HTTP/1.1\r\nHost: troupe\r\n\r\n"}, frame(1, none),
+        frame(1, "\xff\xff\xff\xff"), frame(2, none), frame(0, none) + std::string(64, '\xff'),
+        std::string(1000, '\xff'), std::string{}}) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in to{};
+    to.sin_family = AF_INET;
+    to.sin_port = htons(29476);
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof to) == 0);
+    CHECK(send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(bytes.size()));
+    usleep(20'000);
+    close(fd);
+  }
+  const auto o = run({"generate", s.model, "--tokens", "5,7", "-n", "3", "-q", "--attach",
+                      "127.0.0.1:29476", "--token", "correct horse"});
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  kill(cluster.pid(), SIGTERM);
+  const auto end = cluster.finish();
+  CHECK(end.code == 128 + SIGTERM);
+  CHECK(end.err.empty());
+  CHECK(end.left_behind == 0);
+}
+
+TEST_CASE("a client of something that is no cluster gives up, saying why") {
+  const Scratch s;
+  const int listening = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof at;
+  REQUIRE(bind(listening, reinterpret_cast<sockaddr*>(&at), size) == 0);
+  REQUIRE(listen(listening, 16) == 0); // the kernel takes connections that nobody answers
+  REQUIRE(getsockname(listening, reinterpret_cast<sockaddr*>(&at), &size) == 0);
+  const auto address = "127.0.0.1:" + std::to_string(ntohs(at.sin_port));
+  const auto o = run({"generate", s.model, "--tokens", "5", "--attach", address, "--token", "any"});
+  close(listening);
+  CAPTURE(o.err);
+  CHECK_FALSE(o.timed_out);
+  CHECK(o.code == 1);
+  CHECK(o.err.find("no cluster answers at " + address) != std::string::npos);
+  CHECK(lines(o.err) == 1);
+}
+
+TEST_CASE("closing the terminal leaves nobody behind") {
+  const Scratch s;
+  int master = -1;
+  prctl(PR_SET_CHILD_SUBREAPER, 1);
+  const pid_t pid = forkpty(&master, nullptr, nullptr, nullptr);
+  REQUIRE(pid >= 0);
+  if (pid == 0) {
+    execl(TROUPE_PROGRAM, TROUPE_PROGRAM, "generate", s.model.c_str(), "--tokens", "5", "-n",
+          "4000", "--ranks", "3", "--ignore-eos", "-q", nullptr);
+    _exit(127);
+  }
+  std::string shown;
+  char bytes[4096];
+  for (ssize_t n = 1; n > 0 && shown.find(',') == std::string::npos;)
+    if ((n = read(master, bytes, sizeof bytes)) > 0)
+      shown.append(bytes, static_cast<size_t>(n));
+  CHECK(shown.find(',') != std::string::npos);
+  close(master); // SIGHUP to the session, and writes to the terminal fail
+  const auto deadline = Program::Clock::now() + std::chrono::seconds{10};
+  int status = 0;
+  bool ended = false;
+  while (!(ended = waitpid(pid, &status, WNOHANG) == pid) && Program::Clock::now() < deadline)
+    usleep(5'000);
+  CHECK(ended);
+  CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGHUP));
+  // Its ranks are ours by now, and of its group.
+  pid_t left = 0;
+  while ((left = waitpid(-pid, nullptr, WNOHANG)) >= 0 && Program::Clock::now() < deadline)
+    usleep(5'000);
+  CHECK(left < 0);
+  kill(-pid, SIGKILL);
 }
 
 TEST_CASE("two hosts of one cluster file start, serve and end together") {
