@@ -139,6 +139,30 @@ caf::error complete_model(const fs::path& folder, const TrainSetup& setup,
   return {};
 }
 
+// state.json holds its own checksum: of its text with zeros in the checksum's place.
+const std::string kNoChecksum(16, '0');
+
+std::string text_checksum(const std::string& text) {
+  return fmt::format("{:016x}", XXH3_64bits(text.data(), text.size()));
+}
+
+// Where the digits begin; npos in a file that has none.
+size_t checksum_place(const std::string& text) {
+  constexpr std::string_view kMark = "\"checksum\": \"";
+  const auto found = text.find(kMark);
+  if (found == std::string::npos || found + kMark.size() + kNoChecksum.size() > text.size())
+    return std::string::npos;
+  return found + kMark.size();
+}
+
+bool is_damaged(std::string text) {
+  const auto place = checksum_place(text);
+  if (place == std::string::npos)
+    return false; // of a version that wrote none
+  const auto expected = text.substr(place, kNoChecksum.size());
+  return text_checksum(text.replace(place, kNoChecksum.size(), kNoChecksum)) != expected;
+}
+
 caf::error write_state(const fs::path& folder, const TrainState& state) {
   json::array files;
   for (const auto& entry : fs::recursive_directory_iterator{folder}) {
@@ -151,12 +175,13 @@ caf::error write_state(const fs::path& folder, const TrainState& state) {
                      {"bytes", static_cast<int64_t>(entry.file_size())},
                      {"xxh3", fmt::format("{:016x}", *sum)}});
   }
-  const json::object object{{"step", state.step},
-                            {"tokens", state.tokens},
-                            {"data_digest", fmt::format("{:016x}", state.data_digest)},
-                            {"settings", state.settings},
-                            {"files", files}};
-  return write_text(folder / "training" / kStateFile, pretty(object));
+  const json::object object{
+      {"checksum", kNoChecksum},    {"step", state.step},
+      {"tokens", state.tokens},     {"data_digest", fmt::format("{:016x}", state.data_digest)},
+      {"settings", state.settings}, {"files", files}};
+  auto text = pretty(object);
+  text.replace(checksum_place(text), kNoChecksum.size(), text_checksum(text));
+  return write_text(folder / "training" / kStateFile, text);
 }
 
 caf::error synchronize_all(const fs::path& folder) {
@@ -277,6 +302,9 @@ caf::expected<TrainState> read_train_state(const fs::path& folder) {
   auto text = read_text_file(path, size_t{64} << 20);
   if (!text)
     return text.error();
+  if (is_damaged(*text))
+    return make_error(Errc::malformed,
+                      fmt::format("{}: damaged, its checksum is wrong", path.string()));
   auto object = parse_json_object(*text, path.string(), {size_t{64} << 20, 32, size_t{1} << 22});
   if (!object)
     return object.error();
@@ -294,6 +322,9 @@ caf::expected<TrainState> read_train_state(const fs::path& folder) {
     state.settings = *settings;
   if (auto error = fields.error())
     return error;
+  if (const auto step = step_of(folder); step && *step != state.step)
+    return make_error(Errc::malformed, fmt::format("{}: step: {} given, the folder is of step {}",
+                                                   path.string(), state.step, *step));
   const auto* files = object->if_contains("files");
   if (!files || !files->is_array())
     return make_error(Errc::malformed, path.string() + ": files: expected a list");
@@ -330,8 +361,11 @@ caf::expected<FoundCheckpoint> newest_checkpoint(const fs::path& out) {
   std::vector<std::string> skipped;
   for (const auto& [step, folder] : checkpoints(out)) {
     auto state = read_train_state(folder);
-    if (state)
+    if (state) {
+      for (auto& why : skipped)
+        why = fmt::format("resume: {}; the run goes on from {}", why, folder.filename().string());
       return FoundCheckpoint{folder, std::move(*state), std::move(skipped)};
+    }
     skipped.push_back(text_of(state.error()));
   }
   return make_error(Errc::not_found,

@@ -43,6 +43,16 @@ struct Document {
   std::string source; // for errors: FILE or FILE:LINE
 };
 
+// A number from 0 to 1. CLI::Range lets NaN through.
+const CLI::Validator share{[](const std::string& text) {
+                             double value = 0;
+                             return CLI::detail::lexical_cast(text, value) && value >= 0 &&
+                                            value <= 1
+                                        ? std::string{}
+                                        : fmt::format("expected 0 to 1, got {}", text);
+                           },
+                           "in [0 - 1]"};
+
 // ---- documents --------------------------------------------------------------------------------
 
 caf::expected<std::vector<std::string>> files_below(const std::vector<std::string>& inputs) {
@@ -50,6 +60,9 @@ caf::expected<std::vector<std::string>> files_below(const std::vector<std::strin
   for (const auto& input : inputs) {
     std::error_code error;
     if (!fs::is_directory(input, error)) {
+      if (fs::is_character_file(input, error) || fs::is_block_file(input, error))
+        return make_error(Errc::invalid_argument,
+                          fmt::format("{}: is a device, expected text", input));
       files.push_back(input);
       continue;
     }
@@ -283,6 +296,8 @@ void print_summary(const DataOptions& o, const Written& w, size_t num_documents)
 }
 
 caf::error make_data(const DataOptions& o) {
+  if (o.out.empty())
+    return make_error(Errc::invalid_argument, "--out: expected a folder");
   ProgressLine progress{!o.json};
   const auto files = files_below(o.inputs);
   if (!files)
@@ -297,6 +312,9 @@ caf::error make_data(const DataOptions& o) {
     return make_error(Errc::invalid_argument, "the files hold no text");
   if (o.shuffle)
     shuffle(documents, o.seed);
+  if (!o.tokenizer.empty()) // names its folder if it is none
+    if (const auto given = Tokenizer::load(o.tokenizer); !given)
+      return given.error();
   // Claims the folder before anything is written to it.
   if (const auto claim = ShardWriter::create(o.out, o.shard_tokens); !claim)
     return claim.error();
@@ -365,10 +383,10 @@ void add_data(CLI::App& app, int& code) {
   command
       ->add_option("--fim-rate", o->fim_rate,
                    "Share of documents laid out as prefix, suffix, middle")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(share)
       ->capture_default_str();
   command->add_option("--held-out", o->held_out, "Share of documents kept apart, in OUT/held-out")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(share)
       ->capture_default_str();
   command->add_flag("!--no-shuffle", o->shuffle, "Keep the documents in their order");
   command->add_option("--seed", o->seed, "Of the order and the cuts")->capture_default_str();

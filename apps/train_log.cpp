@@ -116,6 +116,8 @@ caf::error read_train_log(const std::string& path, bool with_load,
     if (text.find_first_not_of(" \t\r") == std::string_view::npos)
       continue;
     auto line = parse_line(text, source, with_load);
+    if (!line && file.eof() && any)
+      break; // what a crash left of the last line
     if (!line)
       return line.error();
     line->number = number;

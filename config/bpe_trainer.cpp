@@ -99,20 +99,24 @@ private:
 
   void merge_word(int32_t word, Pair pair, int32_t id, Where& where) {
     auto& tokens = tokens_[static_cast<size_t>(word)];
-    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
-      if (tokens[i] != pair.first || tokens[i + 1] != pair.second)
+    size_t kept = 0; // tokens before it are merged; a word may be megabytes long
+    for (size_t i = 0; i < tokens.size();) {
+      if (i + 1 == tokens.size() || tokens[i] != pair.first || tokens[i + 1] != pair.second) {
+        tokens[kept++] = tokens[i++];
         continue;
-      if (i > 0) {
-        note({tokens[i - 1], pair.first}, word, -1, where);
-        note({tokens[i - 1], id}, word, 1, where);
       }
-      tokens[i] = id;
-      tokens.erase(tokens.begin() + static_cast<std::ptrdiff_t>(i) + 1);
-      if (i + 1 < tokens.size()) {
-        note({pair.second, tokens[i + 1]}, word, -1, where);
-        note({id, tokens[i + 1]}, word, 1, where);
+      if (kept > 0) {
+        note({tokens[kept - 1], pair.first}, word, -1, where);
+        note({tokens[kept - 1], id}, word, 1, where);
       }
+      i += 2;
+      if (i < tokens.size()) {
+        note({pair.second, tokens[i]}, word, -1, where);
+        note({id, tokens[i]}, word, 1, where);
+      }
+      tokens[kept++] = id;
     }
+    tokens.resize(kept);
   }
 
   void push(Where& where) {

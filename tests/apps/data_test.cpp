@@ -91,7 +91,8 @@ TEST_CASE("a corpus that is none is refused in one line") {
       {{corpus.path("no-text.jsonl")}, "no-text.jsonl:2: text"},
       {{folder}, "no .txt or .jsonl files"},
       {{corpus.path("a.txt"), "--train-tokenizer", "100"}, "100 tokens asked for"},
-      {{corpus.path("a.txt"), "--tokenizer", folder}, "tokenizer.json"},
+      {{corpus.path("a.txt"), "--tokenizer", folder}, folder + ": has neither tokenizer.json"},
+      {{"/dev/null"}, "/dev/null: is a device"},
       {{corpus.path("b.jsonl"), "--held-out", "0.01"}, "leaves one part empty"},
   };
   for (const auto& [inputs, text] : cases) {
@@ -108,6 +109,18 @@ TEST_CASE("a corpus that is none is refused in one line") {
     CHECK(outcome.err.find(text) != std::string::npos);
     std::filesystem::remove_all(corpus.path("out"));
   }
+}
+
+TEST_CASE("shares that are none are wrong usage") {
+  const Corpus corpus;
+  for (const char* flag : {"--held-out", "--fim-rate"})
+    for (const char* share : {"nan", "-nan", "-0.1", "1.1", "inf", "x"}) {
+      const auto outcome = run({"data", corpus.path("a.txt"), "--out", corpus.path("out"),
+                                "--train-tokenizer", "300", flag, share});
+      CAPTURE(outcome.err);
+      CHECK(outcome.code == 2);
+      CHECK(outcome.err.find(flag) != std::string::npos);
+    }
 }
 
 } // namespace troupe::test

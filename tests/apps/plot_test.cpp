@@ -318,6 +318,13 @@ TEST_CASE("all ranks may be in one file, and an evaluation is not taken for the 
 
 // ---- what is wrong ------------------------------------------------------------------------------
 
+TEST_CASE("of a run that writes its log or crashed, the last line may be half there") {
+  const Folder folder;
+  const auto log = folder.with("log.jsonl", step_line(1, 3) + step_line(2, 3) + "{\"step\":3,\"ma");
+  for (const char* what : {"loss", "load"})
+    CHECK(run({"plot", what, log, "--out", folder.path("x.svg")}).code == 0);
+}
+
 TEST_CASE("broken logs are refused, naming file, line and field") {
   const Folder folder;
   const auto good = step_line(1, 3);
@@ -329,7 +336,8 @@ TEST_CASE("broken logs are refused, naming file, line and field") {
   for (const char* what : {"loss", "load"}) {
     refused(what, "", ": is empty");
     refused(what, " \n\n", ": is empty");
-    refused(what, good + "{\"step\":2,", ":2:");
+    refused(what, good + "{\"step\":2,\n", ":2:");
+    refused(what, "{\"step\":2,", ":1:");
     refused(what, good + "loss 3\n" + good, ":2:");
     refused(what, good + "[1]\n", ":2:");
     refused(what, good + "{\"step\":2}\n", ":2: main_loss: expected a number");

@@ -6,6 +6,8 @@
 #include <boost/json.hpp>
 #include <doctest/doctest.h>
 
+#include <sys/stat.h>
+
 #include <cmath>
 #include <sstream>
 
@@ -123,6 +125,7 @@ TEST_CASE("a run logs every step, and leaves a model that generates") {
       CHECK(line.at("tokens").as_int64() == (static_cast<int64_t>(i) + 1) * 8 * 16);
     }
     CHECK(lines[3].at("evaluated").as_bool());
+    CHECK(lines[3].at("evaluated_tokens").as_int64() == 8 * 16);
     const auto told = json::parse(ran.out).as_object();
     CHECK(told.at("steps").as_int64() == 3);
     CHECK(told.at("checkpoint").as_string() == out + "/step-00000003");
@@ -294,6 +297,87 @@ TEST_CASE("a disk that is full ends a run, and the checkpoint before stays") {
   CHECK_FALSE(fs::exists(out + "/.tmp-step-00000004"));
 }
 
+TEST_CASE("two runs do not write into one folder") {
+  const TrainFolder f;
+  const auto out = f.path("out");
+  Program first{f.command({"--steps", "100000", "--out", out, "-q"})};
+  await_lines(out + "/log.jsonl", 1);
+  check_refused(run(f.command({"--out", out, "-q"})), "another run is writing into " + out);
+  first.signal_all(SIGTERM);
+  REQUIRE(first.finish().code == 0);
+  const auto last = read_log(out + "/log.jsonl").back().at("step").as_int64();
+  CHECK(
+      run(f.command({"--steps", std::to_string(last + 1), "--out", out, "--resume", "-q"})).code ==
+      0);
+}
+
+TEST_CASE("the state of a run is checked like its tensors") {
+  const TrainFolder f;
+  const auto out = f.path("out");
+  REQUIRE(run(f.command({"--steps", "2", "--save-every", "1", "--out", out, "-q"})).code == 0);
+  const auto path = out + "/step-00000002/training/state.json";
+  auto state = bytes_of(path);
+  const auto tokens = state.find("\"tokens\": ");
+  REQUIRE(tokens != std::string::npos);
+  state[tokens + 10] ^= 1;
+  std::ofstream{path, std::ios::binary} << state;
+  const auto resumed = run(f.command({"--steps", "2", "--out", out, "--resume", "-q"}));
+  CAPTURE(resumed.err);
+  CHECK(resumed.code == 0);
+  CHECK(resumed.err.find("state.json: damaged, its checksum is wrong; the run goes on from "
+                         "step-00000001") != std::string::npos);
+}
+
+TEST_CASE("a log goes where its path leads, be it a link or a pipe") {
+  const TrainFolder f;
+  const auto link = f.path("link"), pipe = f.path("pipe");
+  fs::create_symlink("target", link);
+  std::ofstream{f.path("target")} << "old\n";
+  REQUIRE(run(f.command({"--log", link, "-q"})).code == 0);
+  CHECK(fs::is_symlink(link));
+  CHECK(read_log(f.path("target")).size() == 2);
+  REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
+  const int reader = open(pipe.c_str(), O_RDWR | O_NONBLOCK);
+  REQUIRE(reader >= 0);
+  CHECK(run(f.command({"--log", pipe, "-q"})).code == 0);
+  CHECK(fs::is_fifo(pipe));
+  std::string text(1 << 16, '\0');
+  const auto got = read(reader, text.data(), text.size());
+  close(reader);
+  REQUIRE(got > 0);
+  CHECK(std::count(text.begin(), text.begin() + got, '\n') == 2);
+}
+
+TEST_CASE("a log that can't be written is told, and fails the run that goes on") {
+  const TrainFolder f;
+  const auto small_files = [] {
+    signal(SIGXFSZ, SIG_IGN);
+    const rlimit limit{300, 300}; // less than a line
+    setrlimit(RLIMIT_FSIZE, &limit);
+  };
+  const auto ran =
+      run(f.command({"--log", f.path("log"), "--fabric", "loopback", "-q"}), small_files);
+  CAPTURE(ran.err);
+  CHECK(ran.code == 1);
+  CHECK(ran.err.find("step 1 and those after it are not logged") != std::string::npos);
+}
+
+TEST_CASE("a run does not end because nobody reads what it says") {
+  const TrainFolder f;
+  for (const bool closed : {true, false}) {
+    const auto out = f.path(closed ? "closed" : "limited");
+    const auto mute = [&] {
+      close(STDERR_FILENO);
+      if (!closed && open("/dev/zero", O_RDONLY) != STDERR_FILENO) // can't be written to
+        std::abort();
+    };
+    CHECK(run(f.command({"--pp", "2", "--out", out}), mute).code == 0);
+    CHECK(read_log(out + "/log.jsonl").size() == 2);
+    const auto failed = run(f.command({"--pp", "3", "--fabric", "loopback"}), mute);
+    CHECK(failed.code == 1); // and does not crash when it fails
+  }
+}
+
 TEST_CASE("a loss that is no number ends a run, naming step, layer and rank") {
   const TrainFolder f;
   const auto out = f.path("out");
@@ -313,7 +397,7 @@ TEST_CASE("settings that can't be are refused before anything starts") {
   refused({"--tokens", f.path("none")}, "none");
   std::ofstream{f.path("garbage")} << "not a tensor file";
   refused({"--tokens", f.path("garbage")}, "garbage");
-  refused({"--init", "no-such"}, "no-such");
+  refused({"--init", "no-such"}, "\"no-such\" is neither a preset");
   refused({"--backend", "magic"}, "magic");
   refused({"--pp", "3"}, "pp: 3");
   refused({"--pp", "4"}, "pp: 4");
@@ -323,6 +407,9 @@ TEST_CASE("settings that can't be are refused before anything starts") {
   refused({"--batch", "6", "--micro-batch", "4"}, "--batch", 2);
   refused({"--grad-lanes", "3"}, "grad_lanes: 3");
   refused({"--steps", "-1"}, "--steps", 2);
+  refused({"--recompute=maybe"}, "neither true nor false", 2);
+  refused({"--dump-gradients", f.path("rows")}, "dump_gradients");
+  refused({"--batch", "16777216", "--micro-batch", "16777216"}, "memory are available");
   const auto train = [&](const std::string& flag, const std::string& value, std::string rows) {
     return run({"train", flag, value, rows == "rows" ? "--tokens" : "--data", f.path(rows),
                 "--steps", "1"});

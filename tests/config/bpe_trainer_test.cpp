@@ -36,6 +36,12 @@ TEST_CASE("runs of one character merge from the left") {
   CHECK(learned(bpe) == std::vector<std::string>{"aa", "aaa", "aaaaa"});
 }
 
+// Some merges of a megabyte each: minutes where one takes time quadratic in the word.
+TEST_CASE("a word may be as long as a file") {
+  const auto bpe = train({std::string(size_t{1} << 20, 'a')}, 258 + 6, 1);
+  CHECK(learned(bpe).back() == std::string(64, 'a'));
+}
+
 TEST_CASE("rare pairs and small texts end the training early") {
   CHECK(learned(train({"abc abc"}, 300, 2)) == std::vector<std::string>{"ab", "abc"});
   CHECK(learned(train({"abc"}, 300, 2)).empty());
