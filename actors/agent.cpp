@@ -343,6 +343,12 @@ void Running::died(Child& c, int status) {
     }
     return;
   }
+  // The answer is there, but not all that was asked for: a trace that can't be written.
+  if (settled_ && code_ == 0 && !client && !c.failure.empty() && !c.cut_off) {
+    complain(fmt::format("rank {} failed: {}", c.rank.value, c.failure));
+    code_ = 1;
+    return;
+  }
   const int code = client && WIFEXITED(status) ? WEXITSTATUS(status) : 1;
   if (c.failure.empty()) {
     if (!stopping_ || (WIFSIGNALED(status) && !client)) // the client was told to stop by SIGTERM

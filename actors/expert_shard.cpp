@@ -7,7 +7,6 @@
 #include <caf/send.hpp>
 
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 
 #include <cstring>
 #include <optional>
@@ -205,8 +204,7 @@ void take_waiting(ExpertShardState& state) {
   while (!state.waiting.empty()) {
     auto taken = work.take(state.waiting.front());
     if (!taken) {
-      // What a peer sent can't be computed; its sender's walk will end with its own error.
-      spdlog::error("rank {}: {}", state.context->self.value, text_of(taken.error()));
+      // What a peer sent can't be computed; the supervisor ends the rank with this reason.
       state.context->postman->tell(state.context->self, Route::supervisor,
                                    PeerLost{state.waiting.front().header.source, taken.error()});
       state.waiting.pop_front();

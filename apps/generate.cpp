@@ -2,6 +2,7 @@
 #include "apps/answer.hpp"
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
+#include "apps/option_checks.hpp"
 #include "apps/session.hpp"
 #include "config/checkpoint.hpp"
 #include "config/safetensors.hpp"
@@ -159,7 +160,8 @@ int run(GenerateOptions& o, ClusterClient& client, std::shared_ptr<const Tokeniz
   progress.clear();
   if (std::ferror(stdout))
     return after_output(0);
-  answer.finish(done && done->finish_reason == "stop");
+  if (!answer.tokens().empty() || (done && done->error.empty())) // else there is no answer to end
+    answer.finish(done && done->finish_reason == "stop");
   if (!done)
     return complain(done.error());
   if (!done->error.empty())
@@ -186,6 +188,8 @@ int generate(GenerateOptions& o) {
   auto tokenizer = Tokenizer::load(o.session.cluster.model);
   if (!tokenizer && code_of(tokenizer.error()) != Errc::not_found)
     return complain(tokenizer.error());
+  if (auto error = check_folder(o.session.cluster.model); error && !tokenizer)
+    return complain(error);
   const auto loaded = tokenizer ? *tokenizer : nullptr;
   auto ids = prompt_ids(o, loaded.get());
   if (!ids)
@@ -209,7 +213,8 @@ void add_generate(CLI::App& app, int& code) {
       ->required();
   auto* prompt = command->add_option_group("Prompt", "one of");
   prompt->add_option("--prompt,-p", o->prompt, "Text to continue");
-  prompt->add_option("--prompt-file,-f", o->prompt_file, "File with it; - is standard input");
+  prompt->add_option("--prompt-file,-f", o->prompt_file, "File with it; - is standard input")
+      ->check(not_empty());
   auto* tokens = prompt->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
   prompt->require_option(1);
   command->add_flag("--chat", o->chat, "The prompt is a user's message: apply the chat template");
@@ -218,13 +223,17 @@ void add_generate(CLI::App& app, int& code) {
       ->default_val(128)
       ->check(CLI::Range(1, std::numeric_limits<int32_t>::max()));
   command->add_flag("--ignore-eos", o->spec.ignore_eos, "Go on after an end token");
-  command->add_option("--temperature", s.temperature, "0: greedy")->capture_default_str();
+  command->add_option("--temperature", s.temperature, "0: greedy")
+      ->check(real_number())
+      ->capture_default_str();
   command->add_option("--top-k", s.top_k, "Sample from the k likeliest; 0: all")
       ->check(CLI::Range(0, std::numeric_limits<int32_t>::max()))
       ->capture_default_str();
   command->add_option("--top-p", s.top_p, "Sample from the likeliest that hold this probability")
+      ->check(real_number())
       ->capture_default_str();
   command->add_option("--min-p", s.min_p, "Drop what is this much less likely than the likeliest")
+      ->check(real_number())
       ->capture_default_str();
   command
       ->add_option("--repetition-penalty", s.repetition_penalty,
@@ -238,14 +247,18 @@ void add_generate(CLI::App& app, int& code) {
       ->add_option("--frequency-penalty", s.frequency_penalty,
                    "Lower them by this for each occurrence; 0: off")
       ->capture_default_str();
-  command->add_option("--seed", s.seed, "Equal seeds, equal answers")->capture_default_str();
+  command->add_option("--seed", s.seed, "Equal seeds, equal answers")
+      ->check(unsigned_number())
+      ->capture_default_str();
   command->add_option("--stop", o->spec.stop, "End before this text; may be given several times")
       ->allow_extra_args(false);
   command->add_option("--speculate", o->spec.speculate, "Draft this many tokens with MTP; 0: none")
       ->check(CLI::Range(0, 16))
       ->capture_default_str();
-  command->add_option("--logits", o->logits_file,
-                      "Write raw logits [answer tokens, vocab] to this safetensors file");
+  command
+      ->add_option("--logits", o->logits_file,
+                   "Write raw logits [answer tokens, vocab] to this safetensors file")
+      ->check(not_empty());
   command->add_flag("--json", o->json, "Print one JSON object instead of text");
   command->add_flag("--quiet,-q", o->quiet, "Print the text only");
   add_cluster_options(*command, o->session);

@@ -1,6 +1,7 @@
 // troupe init: a random checkpoint in Hugging Face format.
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
+#include "apps/option_checks.hpp"
 #include "config/checkpoint_init.hpp"
 #include "config/presets.hpp"
 
@@ -9,6 +10,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <csignal>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -23,6 +25,14 @@ struct InitCommand {
   bool json = false;
   uint64_t seed = 0;
 };
+
+volatile std::sig_atomic_t ended_by = 0; // the first signal that asked for the end
+
+void end_by_signals() {
+  for (const int s : {SIGINT, SIGTERM, SIGHUP})
+    if (std::signal(s, [](int signal) { ended_by = signal; }) == SIG_IGN)
+      std::signal(s, SIG_IGN); // as under nohup
+}
 
 caf::expected<ModelConfig> config_of(const std::string& what) {
   if (auto known = preset(what))
@@ -46,7 +56,15 @@ int init(const InitCommand& o) {
   options.progress = [&](int64_t done, int64_t total) {
     progress.show(fmt::format("{} of {}", bytes_text(done), bytes_text(total)));
   };
-  if (auto error = init_checkpoint(*config, o.out, options))
+  end_by_signals();
+  options.interrupted = [] { return ended_by != 0; };
+  const auto error = init_checkpoint(*config, o.out, options);
+  if (error && ended_by != 0) { // its files are gone; now end as whoever sent it expects
+    progress.clear();
+    std::signal(ended_by, SIG_DFL);
+    std::raise(ended_by);
+  }
+  if (error)
     return complain(error);
   progress.clear();
   const auto parameters = count_parameters(*config).total;
@@ -74,7 +92,9 @@ void add_init(CLI::App& app, int& code) {
   command->add_option("--dtype", o->dtype, "f32, bf16 or fp8 (128×128 blocks)")
       ->check(CLI::IsMember({"f32", "bf16", "fp8"}))
       ->capture_default_str();
-  command->add_option("--seed", o->seed, "Equal seeds, equal files")->capture_default_str();
+  command->add_option("--seed", o->seed, "Equal seeds, equal files")
+      ->check(unsigned_number())
+      ->capture_default_str();
   command->add_flag("--json", o->json, "Print one JSON object: path, parameters, dtype, seed");
   command->callback([o, &code] { code = init(*o); });
 }

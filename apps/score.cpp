@@ -1,6 +1,7 @@
 // troupe score: log-probabilities and perplexity of a text under a model.
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
+#include "apps/option_checks.hpp"
 #include "apps/session.hpp"
 #include "config/model_config.hpp"
 #include "config/safetensors.hpp"
@@ -30,6 +31,8 @@ struct ScoreOptions {
 caf::expected<std::vector<int32_t>> text_ids(const ScoreOptions& o) {
   if (o.has_tokens)
     return parse_ids(o.tokens);
+  if (auto error = check_folder(o.session.cluster.model))
+    return error;
   auto tokenizer = Tokenizer::load(o.session.cluster.model);
   if (!tokenizer)
     return tokenizer.error();
@@ -169,12 +172,15 @@ void add_score(CLI::App& app, int& code) {
   command->add_option("MODEL", o->session.cluster.model, "Folder of a Hugging Face checkpoint")
       ->required();
   auto* input = command->add_option_group("Text", "one of");
-  input->add_option("--file,-f", o->file, "File with the text; - is standard input");
+  input->add_option("--file,-f", o->file, "File with the text; - is standard input")
+      ->check(not_empty());
   input->add_option("--text", o->text, "The text itself");
   auto* tokens = input->add_option("--tokens", o->tokens, "Ids, taken as they are: 5,7,9");
   input->require_option(1);
-  command->add_option("--logits", o->logits_file,
-                      "Write raw logits [tokens, vocab], F32, to this safetensors file");
+  command
+      ->add_option("--logits", o->logits_file,
+                   "Write raw logits [tokens, vocab], F32, to this safetensors file")
+      ->check(not_empty());
   command->add_flag("--hidden-states", o->hidden_states,
                     "Add hidden.0 … hidden.L to that file: before each layer, the last after the "
                     "final norm");

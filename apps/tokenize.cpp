@@ -1,6 +1,7 @@
 // troupe tokenize: text to ids, ids to text.
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
+#include "apps/option_checks.hpp"
 #include "config/tokenizer.hpp"
 
 #include <CLI/CLI.hpp>
@@ -17,7 +18,8 @@ namespace {
 
 struct TokenizeOptions {
   std::string model, text, file, decode;
-  bool special = false;
+  bool decodes = false;
+  bool special = true;
   bool json = false;
 };
 
@@ -29,20 +31,22 @@ void print(const TokenizeOptions& o, const std::vector<int32_t>& ids, const std:
     fmt::print("{}\n", boost::json::serialize(json));
     return;
   }
-  if (!o.decode.empty())
+  if (o.decodes)
     fmt::print("{}\n", text);
   else
     fmt::print("{}\n", fmt::join(ids, ","));
 }
 
 int tokenize(const TokenizeOptions& o) {
+  if (auto error = check_folder(o.model))
+    return complain(error);
   auto tokenizer = Tokenizer::load(o.model);
   if (!tokenizer)
     return complain(tokenizer.error());
-  if (!o.decode.empty()) {
+  if (o.decodes) {
     auto ids = parse_ids(o.decode);
     if (!ids)
-      return wrong_usage(with_context("decode", ids.error()));
+      return wrong_usage(ids.error());
     auto text = (*tokenizer)->decode(*ids, false);
     if (!text)
       return complain(text.error());
@@ -72,15 +76,18 @@ void add_tokenize(CLI::App& app, int& code) {
       ->required();
   auto* input = command->add_option_group("Input", "one of");
   input->add_option("--text,-t", o->text, "Text to encode; no start token is added");
-  input->add_option("--file,-f", o->file, "File with the text; - is standard input");
-  input->add_option("--decode,-d", o->decode, "Ids to decode: 5,7,9");
+  input->add_option("--file,-f", o->file, "File with the text; - is standard input")
+      ->check(not_empty());
+  auto* decode = input->add_option("--decode,-d", o->decode, "Ids to decode: 5,7,9");
   input->require_option(1);
-  command
-      ->add_flag("!--no-special", o->special,
-                 "Special tokens written in the text are ordinary text")
-      ->default_val(true);
+  command->add_flag_callback(
+      "--no-special", [o] { o->special = false; },
+      "Special tokens written in the text are ordinary text");
   command->add_flag("--json", o->json, "Print one JSON object: tokens, text");
-  command->callback([o, &code] { code = tokenize(*o); });
+  command->callback([o, decode, &code] {
+    o->decodes = decode->count() > 0;
+    code = tokenize(*o);
+  });
 }
 
 } // namespace troupe

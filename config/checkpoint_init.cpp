@@ -160,7 +160,9 @@ private:
       if (i >= pieces_.size() || failed_.load())
         return;
       int64_t bytes = 0;
-      auto error = make(pieces_[i], scratch, bytes);
+      auto error = options_.interrupted && options_.interrupted()
+                       ? make_error(Errc::cancelled, "interrupted; what was written is removed")
+                       : make(pieces_[i], scratch, bytes);
       report(std::move(error), bytes);
     }
   }
@@ -256,7 +258,16 @@ ModelConfig config_of_files(ModelConfig config, WeightFormat format) {
   return config;
 }
 
+// What may stand beside a model before it is made.
+bool is_tokenizer_file(std::string_view name) {
+  return name.starts_with("tokenizer") || name == "tiktoken.model" ||
+         name == "special_tokens_map.json";
+}
+
+// A folder that holds other things is somebody's, named by mistake.
 caf::error prepare_folder(const fs::path& folder) {
+  if (folder.empty())
+    return make_error(Errc::invalid_argument, "the folder to create has an empty name");
   std::error_code ec;
   fs::create_directories(folder, ec);
   if (ec)
@@ -266,7 +277,28 @@ caf::error prepare_folder(const fs::path& folder) {
       return make_error(Errc::invalid_argument,
                         fmt::format("{}: already holds {}; choose another folder or remove it",
                                     folder.string(), name));
-  return {};
+  for (fs::directory_iterator entry{folder, ec}, end; !ec && entry != end; entry.increment(ec))
+    if (const auto name = entry->path().filename().string(); !is_tokenizer_file(name))
+      return make_error(Errc::invalid_argument,
+                        fmt::format("{}: holds {}; expected a new folder, or one with nothing but "
+                                    "a tokenizer",
+                                    folder.string(), name));
+  return ec ? make_error(Errc::io_error, fmt::format("{}: {}", folder.string(), ec.message()))
+            : caf::error{};
+}
+
+// Told before hours of writing, and before the disk is full for everybody.
+caf::error check_room(const fs::path& folder, int64_t bytes) {
+  std::error_code ec;
+  const auto space = fs::space(folder, ec);
+  if (ec || space.available >= static_cast<uint64_t>(bytes))
+    return {};
+  constexpr double kGiB = 1 << 30;
+  return make_error(Errc::io_error,
+                    fmt::format("{}: the checkpoint takes {:.1f} GiB, the disk has room for {:.1f} "
+                                "GiB",
+                                folder.string(), static_cast<double>(bytes) / kGiB,
+                                static_cast<double>(space.available) / kGiB));
 }
 
 } // namespace
@@ -276,6 +308,8 @@ caf::error init_checkpoint(const ModelConfig& config, const fs::path& folder,
   if (auto error = prepare_folder(folder))
     return error;
   const auto plan = make_plan(config, options);
+  if (auto error = check_room(folder, plan.total_bytes))
+    return error;
   Generator::Writers writers;
   for (size_t i = 0; i < plan.shards.size(); ++i) {
     auto writer =

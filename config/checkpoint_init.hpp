@@ -25,10 +25,13 @@ struct InitOptions {
   int64_t max_shard_bytes = int64_t{2} << 30; // of data; a larger tensor gets a shard of its own
   // Called now and then, from any thread but never from two at once.
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress = {};
+  // Asked before each piece, from any thread: true ends the work with Errc::cancelled and leaves
+  // no file.
+  std::function<bool()> interrupted = {};
 };
 
-// Creates `folder`; one that already holds a checkpoint is refused. config.json comes last, so an
-// unfinished folder is no model.
+// Creates `folder`; one that holds anything but a tokenizer is refused, and so is a checkpoint that
+// the disk has no room for. config.json comes last, so an unfinished folder is no model.
 [[nodiscard]] caf::error init_checkpoint(const ModelConfig& config,
                                          const std::filesystem::path& folder,
                                          const InitOptions& options);

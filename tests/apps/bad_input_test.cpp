@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <string_view>
 
 namespace troupe::test {
 
@@ -53,7 +54,14 @@ TEST_CASE("wrong usage exits with 2 and says what was wrong") {
       {{"generate", s.model, "--tokens", "5", "--threads", "100000"}, 2, "--threads"},
       {{"generate", s.model, "--tokens", "5", "--attach", "nowhere:99999"}, 2, "HOST:PORT"},
       {{"score", s.model, "--tokens", "5", "--hidden-states"}, 2, "--logits"},
+      {{"generate", s.model, "--tokens", "5", "--seed", "-1"}, 2, "--seed: \"-1\" given"},
+      {{"generate", s.model, "--tokens", "5", "--seed", "99999999999999999999"}, 2, "--seed"},
+      {{"generate", s.model, "--tokens", "5", "--temperature", ""}, 2, "--temperature: \"\""},
+      {{"generate", s.model, "--tokens", "5", "--attach", ""}, 2, "--attach: empty"},
+      {{"generate", s.model, "--tokens", "5", "--logits", ""}, 2, "--logits: empty"},
+      {{"generate", s.model, "--tokens", "5", "--attach", "x:1", "--ranks", "2"}, 2, "--ranks"},
       {{"tokenize", s.model}, 2, "--text"},
+      {{"tokenize", TROUPE_SOURCE_DIR "/config/models/tiny", "--decode", ""}, 2, "tokens: empty"},
   };
   for (const auto& c : cases)
     check_refused(run(c.args), c.code, c.text);
@@ -95,6 +103,12 @@ TEST_CASE("damaged checkpoints are refused, naming the file") {
     return run({"generate", model, "--tokens", "5", "-n", "2", "--ranks", "2"});
   };
   check_refused(generate(s.path("nothere")), 1, "nothere");
+  for (const auto* command : {"generate", "score", "tokenize"}) {
+    CAPTURE(command);
+    const auto* text = std::string_view{command} == "generate" ? "--prompt" : "--text";
+    check_refused(run({command, s.path("nothere"), text, "x"}), 1, "nothere: No such file");
+    check_refused(run({command, s.model + "/config.json", text, "x"}), 1, "is no folder");
+  }
 
   const auto truncated = copy("truncated");
   fs::resize_file(truncated + "/model.safetensors",
@@ -135,6 +149,70 @@ TEST_CASE("text that is no UTF-8 is refused, naming the file") {
   check_refused(run({"generate", s.model, "--prompt-file", s.path("broken.txt")}), 1, "broken.txt");
   check_refused(run({"tokenize", s.model, "--file", s.path("broken.txt")}), 1, "broken.txt");
   check_refused(run({"tokenize", s.model, "--file", s.path("none.txt")}), 1, "none.txt");
+}
+
+TEST_CASE("a prompt that can't be read is refused with the system's reason, and leaves no output") {
+  const Scratch s;
+  const std::string tiny = TROUPE_SOURCE_DIR "/config/models/tiny";
+  check_refused(run({"tokenize", tiny, "--file", "/"}), 1, "/: can't be read: Is a directory");
+  check_refused(run({"tokenize", tiny, "--file", s.path("no")}), 1, "no: can't be read: No such");
+  const auto o = run({"generate", s.model, "--tokens", "5,99999"});
+  check_refused(o, 1, "token 99999");
+  CHECK(o.out.empty());
+}
+
+TEST_CASE("weights that are no numbers end a run in one line, and stdout stays clean") {
+  const Scratch s;
+  const auto file = s.model + "/model.safetensors";
+  uint64_t header = 0;
+  std::ifstream{file, std::ios::binary}.read(reinterpret_cast<char*>(&header), sizeof header);
+  std::fstream weights{file, std::ios::in | std::ios::out | std::ios::binary};
+  weights.seekp(static_cast<std::streamoff>(sizeof header + header));
+  weights << std::string(std::filesystem::file_size(file) - sizeof header - header, '\xff');
+  weights.close();
+  for (const auto* fabric : {"loopback", "ucx"}) {
+    const auto o = run({"score", s.model, "--tokens", "5,6", "--json", "--fabric", fabric});
+    check_refused(o, 1, "not finite");
+    CHECK(o.out.empty());
+  }
+}
+
+TEST_CASE("a checkpoint is made in a folder of its own, and an interrupted one leaves nothing") {
+  const Scratch s;
+  const auto folder = s.path("somebody's");
+  std::filesystem::create_directory(folder);
+  write(folder + "/letter.txt", "dear");
+  check_refused(run({"init", "tiny-v3", folder}), 1, "holds letter.txt");
+  std::filesystem::remove(folder + "/letter.txt");
+  write(folder + "/tokenizer.json", "{}");
+  CHECK(run({"init", "tiny-v3", folder}).code == 0);
+  check_refused(run({"init", "tiny-v3", ""}), 1, "empty name");
+  check_refused(run({"init", "kimi-k2", s.path("huge"), "--dtype", "f32"}), 1, "the disk has room");
+  Program p{{"init", "bench-1b", s.path("cut")}};
+  while (!std::filesystem::exists(s.path("cut")) || std::filesystem::is_empty(s.path("cut")))
+    usleep(1000);
+  kill(p.pid(), SIGTERM);
+  const auto o = p.finish();
+  CHECK(o.code == 128 + SIGTERM);
+  CHECK(o.err.empty());
+  CHECK(std::filesystem::is_empty(s.path("cut")));
+}
+
+TEST_CASE("a trace that can't be written is a failure, before or after the answer") {
+  const Scratch s;
+  for (const auto* fabric : {"ucx", "loopback"})
+    check_refused(run({"generate", s.model, "--tokens", "5", "-n", "2", "-q", "--fabric", fabric,
+                       "--trace", s.path("none/t")}),
+                  1, "none/t.0.json");
+  const auto small_files = [] {
+    signal(SIGXFSZ, SIG_IGN);
+    const rlimit limit{64, 64};
+    setrlimit(RLIMIT_FSIZE, &limit);
+  };
+  check_refused(run({"generate", s.model, "--tokens", "5", "-n", "2", "-q", "--ranks", "2",
+                     "--trace", s.path("t")},
+                    small_files),
+                1, "can't be written");
 }
 
 TEST_CASE("results that can't be written are a failure, not a success") {
