@@ -1,10 +1,8 @@
 #include "actors/optimizer.hpp"
 
 #include "actors/exceptions.hpp"
+#include "actors/job_done.hpp"
 #include "actors/optimizer_worker.hpp"
-
-#include <caf/actor_cast.hpp>
-#include <caf/send.hpp>
 
 #include <utility>
 
@@ -14,12 +12,8 @@ Optimizer::behavior_type optimizer(Optimizer::stateful_pointer<OptimizerActorSta
                                    std::shared_ptr<const TrainContext> context,
                                    std::shared_ptr<OptimizerState> state) {
   end_by_exceptions(self);
-  auto handle = caf::actor_cast<caf::weak_actor_ptr>(self);
-  self->state.worker = std::make_shared<OptimizerWorker>(
-      std::move(context), std::move(state), [handle](uint64_t ticket) {
-        if (auto alive = caf::actor_cast<caf::actor>(handle))
-          caf::anon_send(alive, JobDone{ticket});
-      });
+  self->state.worker =
+      std::make_shared<OptimizerWorker>(std::move(context), std::move(state), job_done_to(self));
   return {
       [=](const GradientsReady& news) { self->state.worker->gradients_ready(news); },
       [=](Envelope& piece) { self->state.worker->on_piece(std::move(piece)); },

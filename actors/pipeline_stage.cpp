@@ -1,10 +1,8 @@
 #include "actors/pipeline_stage.hpp"
 
 #include "actors/exceptions.hpp"
+#include "actors/job_done.hpp"
 #include "actors/pipeline_worker.hpp"
-
-#include <caf/actor_cast.hpp>
-#include <caf/send.hpp>
 
 #include <utility>
 
@@ -14,12 +12,7 @@ PipelineStage::behavior_type
 pipeline_stage(PipelineStage::stateful_pointer<PipelineStageState> self,
                std::shared_ptr<const TrainContext> context) {
   end_by_exceptions(self);
-  auto handle = caf::actor_cast<caf::weak_actor_ptr>(self);
-  self->state.worker =
-      std::make_shared<PipelineWorker>(std::move(context), [handle](uint64_t ticket) {
-        if (auto alive = caf::actor_cast<caf::actor>(handle))
-          caf::anon_send(alive, JobDone{ticket});
-      });
+  self->state.worker = std::make_shared<PipelineWorker>(std::move(context), job_done_to(self));
   return {
       [=](const BeginStep& command) { self->state.worker->begin(command); },
       [=](Envelope& message) { self->state.worker->on_message(std::move(message)); },

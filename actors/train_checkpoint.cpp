@@ -282,7 +282,7 @@ caf::expected<fs::path> commit_checkpoint(const fs::path& out, const TrainSetup&
       discard(all[i].second);
   }
   return folder;
-} catch (const fs::filesystem_error& error) {
+} catch (const std::exception& error) { // a job must not throw
   return make_error(Errc::io_error, error.what());
 }
 

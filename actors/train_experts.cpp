@@ -2,11 +2,9 @@
 
 #include "actors/exceptions.hpp"
 #include "actors/expert_route.hpp"
+#include "actors/job_done.hpp"
 #include "actors/taken_messages.hpp"
 #include "actors/weight_queue.hpp"
-
-#include <caf/actor_cast.hpp>
-#include <caf/send.hpp>
 
 #include <fmt/format.h>
 
@@ -52,7 +50,7 @@ std::vector<std::vector<int64_t>> layers_of_phases(const TrainContext& c) {
 // Belongs to the actor; the job in flight shares it, and then alone touches `job_`.
 class ExpertWorker : public std::enable_shared_from_this<ExpertWorker> {
 public:
-  ExpertWorker(std::shared_ptr<const TrainContext> context, std::function<void()> job_done)
+  ExpertWorker(std::shared_ptr<const TrainContext> context, std::function<void(uint64_t)> job_done)
       : context_(std::move(context)), job_done_(std::move(job_done)),
         queue_(context_->plan, context_->self(), layers_of_phases(*context_)) {}
 
@@ -98,7 +96,7 @@ private:
   [[nodiscard]] int64_t hidden() const { return context_->plan.config.hidden_size; }
 
   const std::shared_ptr<const TrainContext> context_;
-  const std::function<void()> job_done_;
+  const std::function<void(uint64_t)> job_done_;
   std::deque<Envelope> waiting_;
   TakenMessages taken_;
   WeightQueue queue_;
@@ -131,7 +129,7 @@ void ExpertWorker::run(const char* name, int64_t layer, std::function<void(Worke
         self->context_->busy_ns += (timing.finished - timing.started).count();
         if (auto* trace = self->context_->rank->trace)
           trace->add({name, "compute", timing.started, timing.finished, layer});
-        self->job_done_();
+        self->job_done_(0); // there is one at a time
       });
 }
 
@@ -318,11 +316,7 @@ void ExpertWorker::compute_dispatch(Workers& workers) {
 TrainExperts::behavior_type train_experts(TrainExperts::stateful_pointer<TrainExpertsState> self,
                                           std::shared_ptr<const TrainContext> context) {
   end_by_exceptions(self);
-  auto handle = caf::actor_cast<caf::weak_actor_ptr>(self);
-  self->state.worker = std::make_shared<ExpertWorker>(std::move(context), [handle] {
-    if (auto alive = caf::actor_cast<caf::actor>(handle))
-      caf::anon_send(alive, JobDone{});
-  });
+  self->state.worker = std::make_shared<ExpertWorker>(std::move(context), job_done_to(self));
   return {
       [=](Envelope& dispatch) { self->state.worker->on_dispatch(std::move(dispatch)); },
       [=](const ExpertsBegin& command) { self->state.worker->begin(command); },

@@ -1,10 +1,10 @@
 #include "actors/trainer.hpp"
 
 #include "actors/exceptions.hpp"
+#include "actors/job_done.hpp"
 #include "actors/train_checkpoint.hpp"
 #include "config/train_schedule.hpp"
 
-#include <caf/actor_cast.hpp>
 #include <caf/send.hpp>
 
 #include <fmt/format.h>
@@ -265,7 +265,6 @@ void on_shard(Self self, const ShardSaved& shard) {
                    state.setup->data->digest(), settings_json(state.setup->config)};
   commit->shards = state.shards;
   state.commit = commit;
-  const auto handle = caf::actor_cast<caf::weak_actor_ptr>(self);
   state.context->background->start(
       "commit a checkpoint",
       [commit, setup = state.setup](Workers&) {
@@ -273,10 +272,7 @@ void on_shard(Self self, const ShardSaved& shard) {
         commit->folder =
             commit_checkpoint(config.out, *setup, commit->state, commit->shards, config.keep);
       },
-      [handle](const JobTiming&) {
-        if (auto alive = caf::actor_cast<caf::actor>(handle))
-          caf::anon_send(alive, JobDone{});
-      });
+      [tell = job_done_to(self)](const JobTiming&) { tell(0); });
 }
 
 void on_commit(Self self) {
