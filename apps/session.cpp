@@ -5,9 +5,9 @@
 #include "actors/placement.hpp"
 #include "actors/rank_process.hpp"
 #include "apps/console.hpp"
-#include "apps/launcher_env.hpp"
 #include "apps/option_checks.hpp"
 #include "apps/tls_files.hpp"
+#include "apps/token.hpp"
 #include "config/cluster_spec.hpp"
 
 #include <CLI/CLI.hpp>
@@ -39,17 +39,6 @@ std::string environment(const char* name) {
 }
 
 namespace {
-
-// 128 random bits from the kernel.
-std::string random_token() {
-  unsigned char bytes[16] = {};
-  if (getrandom(bytes, sizeof bytes, 0) != static_cast<ssize_t>(sizeof bytes))
-    return {};
-  std::string token;
-  for (const auto b : bytes)
-    token += fmt::format("{:02x}", b);
-  return token;
-}
 
 // Memory this process and its children may still take: the machine's, its control group's, its own.
 int64_t available_memory() {
@@ -264,17 +253,48 @@ RankProcessOptions process_options(const SessionOptions& o) {
   return p;
 }
 
+// What TLS the flags ask for, or else the environment; errors name what is wrong there.
+caf::error choose_tls(TlsFiles& tls) {
+  TlsNames names{"--tls-certificate", "--tls-key", "--tls-ca"};
+  if (tls.certificate.empty() && tls.key.empty() && tls.ca.empty()) {
+    names = {"TROUPE_TLS_CERTIFICATE", "TROUPE_TLS_KEY", "TROUPE_TLS_CA"};
+    tls = {environment("TROUPE_TLS_CERTIFICATE"), environment("TROUPE_TLS_KEY"),
+           environment("TROUPE_TLS_CA")};
+  }
+  if (tls.certificate.empty() && tls.key.empty() && tls.ca.empty())
+    return {};
+  return check_tls_files(tls, names);
+}
+
 // Where the tasks of a launcher meet. Errors where nobody said.
 caf::expected<std::string> meeting_point(const LauncherTask& task) {
   if (task.master_port != 0)
     return fmt::format("{}:{}", task.master_host, task.master_port);
-  const auto port = 20000 + std::hash<std::string>{}(task.job) % 20000;
+  const auto port = 20000 + std::hash<std::string>{}(task.job) % 10000; // not of the ephemeral ones
   if (task.local_ranks == task.num_ranks)
     return fmt::format("127.0.0.1:{}", port);
   return make_error(Errc::unsupported,
                     fmt::format("{} started tasks on several hosts; set MASTER_ADDR, MASTER_PORT "
                                 "and TROUPE_TOKEN for all of them",
                                 task.launcher));
+}
+
+// What a launcher's tasks know each other by: what was given, or on one host a secret of the user.
+caf::expected<std::string> tasks_token(const LauncherTask& task, const SessionOptions& o,
+                                       const std::string& seed, bool loopback) {
+  auto token = given_token(o.token, o.token_file);
+  if (!token || !token->empty())
+    return token;
+  if (!loopback)
+    return make_error(Errc::invalid_argument,
+                      fmt::format("tasks meet at {}, where others can reach them: set TROUPE_TOKEN "
+                                  "or TROUPE_TOKEN_FILE for all of them, a secret that no stranger "
+                                  "can guess",
+                                  seed));
+  auto secret = user_secret();
+  if (!secret)
+    return with_context("set TROUPE_TOKEN for all tasks, or mend this", secret.error());
+  return *secret + task.launcher + task.job;
 }
 
 int run_launched(const LauncherTask& task, SessionOptions o,
@@ -285,14 +305,12 @@ int run_launched(const LauncherTask& task, SessionOptions o,
   auto endpoint = parse_endpoint(*seed);
   if (!endpoint)
     return complain(endpoint.error());
-  const auto token = environment("TROUPE_TOKEN");
-  if (token.empty() && !is_loopback(endpoint->host))
-    return complain(make_error(
-        Errc::invalid_argument,
-        fmt::format("tasks meet at {}, where others can reach them: set TROUPE_TOKEN for all of "
-                    "them, a secret that no stranger can guess",
-                    *seed)));
-  o.cluster.cluster_token = token.empty() ? task.launcher + task.job : token;
+  auto token = tasks_token(task, o, *seed, is_loopback(endpoint->host));
+  if (!token)
+    return complain(token.error());
+  o.cluster.cluster_token = *token;
+  if (auto error = choose_tls(o.cluster.tls))
+    return complain(error);
 
   auto process = process_options(o);
   process.control_host = endpoint->host;
@@ -318,10 +336,12 @@ int run_launched(const LauncherTask& task, SessionOptions o,
 int run_attached(const SessionOptions& o, const std::function<int(ClusterClient&)>& body) {
   auto address = o.attach;
   auto tls = o.cluster.tls;
-  if (!tls.certificate.empty() || !tls.key.empty() || !tls.ca.empty())
-    if (auto error = check_tls_files(tls, {"--tls-certificate", "--tls-key", "--tls-ca"}))
-      return wrong_usage(error);
-  auto token = o.token.empty() ? environment("TROUPE_TOKEN") : o.token;
+  if (auto error = choose_tls(tls))
+    return wrong_usage(error);
+  const auto given = given_token(o.token, o.token_file);
+  if (!given)
+    return complain(given.error());
+  auto token = *given;
   if (std::filesystem::is_regular_file(o.attach)) {
     auto spec = load_cluster_spec(o.attach);
     if (!spec)
@@ -390,17 +410,28 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
       .add_option("--attach", o.attach, "Use the running cluster at HOST:PORT or of a cluster file")
       ->check(not_empty())
       ->group(group);
+  auto* token = command
+                    .add_option("--token", o.token,
+                                "Secret of the cluster attached to, or of a launcher's tasks; the "
+                                "list of processes shows it (or environment TROUPE_TOKEN)")
+                    ->group(group);
   command
-      .add_option("--token", o.token,
-                  "Token of the cluster attached to (or environment TROUPE_TOKEN)")
+      .add_option("--token-file", o.token_file,
+                  "File with that secret in its first line (or environment TROUPE_TOKEN_FILE)")
+      ->check(not_empty())
+      ->excludes(token)
       ->group(group);
   command
       .add_option(
           "--tls-certificate", o.cluster.tls.certificate,
-          "PEM file to show a cluster attached to that speaks TLS; a cluster file names it too")
+          "PEM file to show a cluster attached to, or a launcher's other tasks, over mutual "
+          "TLS (or environment TROUPE_TLS_CERTIFICATE)")
       ->group(group);
-  command.add_option("--tls-key", o.cluster.tls.key, "Its private key")->group(group);
-  command.add_option("--tls-ca", o.cluster.tls.ca, "PEM file with the authority of both sides")
+  command.add_option("--tls-key", o.cluster.tls.key, "Its private key (or TROUPE_TLS_KEY)")
+      ->group(group);
+  command
+      .add_option("--tls-ca", o.cluster.tls.ca,
+                  "PEM file with the authority of both sides (or TROUPE_TLS_CA)")
       ->group(group);
   command.add_option("--join-timeout", o.join_timeout_s, "Seconds to wait for all ranks")
       ->check(CLI::Range(1, 86400))
@@ -496,10 +527,19 @@ static int write_traces(InProcessCluster& cluster, const std::string& prefix) {
 
 bool interrupted() { return interrupt_wanted; }
 
+caf::expected<std::optional<LauncherTask>> this_task(const std::string& fabric) {
+  if (fabric == "loopback")
+    return std::optional<LauncherTask>{};
+  return detect_launcher(environment);
+}
+
 int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& body) {
   if (!o.attach.empty())
     return run_attached(o, body);
-  const auto task = o.fabric == "loopback" ? std::nullopt : detect_launcher(environment);
+  const auto detected = this_task(o.fabric);
+  if (!detected)
+    return complain(detected.error());
+  const auto& task = *detected;
   o.cluster.local_ranks = task ? task->local_ranks : 0;
   if (task) {
     if (o.ranks != 0 && o.ranks != task->num_ranks)
@@ -515,7 +555,10 @@ int with_cluster(SessionOptions o, const std::function<int(ClusterClient&)>& bod
                                 o.cluster.train ? std::string{"pp · ep · dp"}
                                                 : fmt::format("layout: \"{}\"", o.layout),
                                 o.cluster.shape.num_ranks, task->launcher, task->num_ranks));
-  o.cluster.cluster_token = random_token();
+  auto token = random_token();
+  if (!token)
+    return complain(token.error());
+  o.cluster.cluster_token = *token;
   if (o.fabric == "loopback") {
     if (o.cluster.train)
       end_gently();
@@ -563,11 +606,15 @@ int run_cluster(SessionOptions o, const std::string& control_host, uint16_t cont
   o.cluster.local_ranks = all ? 0 : part.num_ranks;
   if (auto error = resolve(o))
     return complain(error);
-  if (o.cluster.cluster_token.empty())
-    o.cluster.cluster_token = environment("TROUPE_TOKEN");
-  const bool made_token = o.cluster.cluster_token.empty();
+  auto token = given_token(o.cluster.cluster_token, "");
+  if (!token)
+    return complain(token.error());
+  const bool made_token = token->empty();
   if (made_token)
-    o.cluster.cluster_token = random_token();
+    token = random_token();
+  if (!token)
+    return complain(token.error());
+  o.cluster.cluster_token = *token;
   auto process = process_options(o);
   process.control_host = control_host;
   process.control_port = control_port;

@@ -5,6 +5,7 @@
 
 #include "actors/client.hpp"
 #include "actors/rank.hpp"
+#include "apps/launcher_env.hpp"
 #include "config/cluster_spec.hpp"
 
 #include <functional>
@@ -25,8 +26,8 @@ struct SessionOptions {
   std::string compute; // "" | f32 | bf16
   std::string fp8;     // "" | weights | activations
   int32_t ranks = 0, tp = 1, nodes = 1;
-  std::string attach; // HOST:PORT or a cluster file
-  std::string token;  // of the cluster attached to
+  std::string attach;            // HOST:PORT or a cluster file
+  std::string token, token_file; // of the cluster attached to, or of a launcher's tasks
   std::string trace;
   int32_t join_timeout_s = 60;
   int64_t context = 0; // positions the command needs; for the default of kv_tokens
@@ -43,6 +44,9 @@ void need_context(SessionOptions& options, int64_t tokens, int32_t speculate);
 // goes to stdout, stderr and files.
 [[nodiscard]] int with_cluster(SessionOptions options,
                                const std::function<int(ClusterClient&)>& body);
+
+// Which task of a launcher's this process is. Under --fabric loopback it never is one.
+[[nodiscard]] caf::expected<std::optional<LauncherTask>> this_task(const std::string& fabric);
 
 // Whether the user has asked for the end (a first SIGINT or SIGTERM): long work then comes to a
 // good end. Only where cluster.train is set; elsewhere signals end the run at once.

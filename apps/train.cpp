@@ -2,7 +2,6 @@
 #include "actors/train_setup.hpp"
 #include "apps/commands.hpp"
 #include "apps/console.hpp"
-#include "apps/launcher_env.hpp"
 #include "apps/session.hpp"
 #include "config/json.hpp"
 #include "config/train_config.hpp"
@@ -314,7 +313,10 @@ int train(TrainOptions& o) {
     if (auto error = check_writable(o.session.trace))
       return complain(error);
   // Of a launcher's tasks, the one that writes the log.
-  const auto task = config->fabric == "loopback" ? std::nullopt : detect_launcher(environment);
+  const auto detected = this_task(config->fabric);
+  if (!detected)
+    return complain(detected.error());
+  const auto& task = *detected;
   if (!config->out.empty() && (!task || task->rank == 0))
     if (auto error = lock_folder(config->out))
       return complain(error);

@@ -162,6 +162,16 @@ inline Outcome run(std::vector<std::string> args, const std::function<void()>& p
   return Program{std::move(args), prepare}.finish();
 }
 
+// Runs the program as a launcher would: once for each of `environments` ("NAME=value …"), all at
+// the same time. stdout is that of all, and a line rc=N for each in order.
+inline Outcome run_tasks(const std::vector<std::string>& environments, const std::string& args) {
+  std::string script;
+  for (const auto& environment : environments)
+    script += "env " + environment + " " TROUPE_PROGRAM " " + args + " & pids=\"$pids $!\"\n";
+  script += "for p in $pids; do wait $p; echo rc=$?; done";
+  return Program{{"-c", script}, {}, "bash"}.finish();
+}
+
 // A folder of its own with a tiny checkpoint (tiny-v3, F32, no tokenizer, context 4096).
 class Scratch {
 public:

@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <fmt/format.h>
+
 namespace troupe::test {
 
 namespace {
@@ -85,6 +87,29 @@ TEST_CASE("a cluster over TLS serves whom its authority knows, and nobody else")
   const auto o = cluster.finish();
   CHECK(o.code == 128 + SIGINT);
   CHECK(o.left_behind == 0);
+}
+
+TEST_CASE("a launcher's tasks meet over TLS, whom their authority knows") {
+  const Scratch s;
+  const Authority authority{s};
+  const auto task = [&](int rank, int port, const std::string& name) {
+    return fmt::format("RANK={0} LOCAL_RANK={0} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 "
+                       "MASTER_ADDR=127.0.0.1 MASTER_PORT={1} TROUPE_TLS_CERTIFICATE={2} "
+                       "TROUPE_TLS_KEY={3} TROUPE_TLS_CA={4}",
+                       rank, port, authority.path(name, "pem"), authority.path(name, "key"),
+                       authority.path("ca", "pem"));
+  };
+  const auto args = "generate " + s.model + " --tokens 5,6 -n 3 -q --join-timeout 3";
+  const auto good = run_tasks({task(0, 29487, "node"), task(1, 29487, "client")}, args);
+  CAPTURE(good.err);
+  CHECK(good.out.ends_with("rc=0\nrc=0\n"));
+  const auto stranger = run_tasks({task(0, 29488, "node"), task(1, 29488, "stranger")}, args);
+  CAPTURE(stranger.err);
+  CHECK(stranger.out == "rc=1\nrc=1\n");
+  CHECK(stranger.left_behind == 0);
+  const auto wrong = run_tasks({task(0, 29489, "absent")}, args);
+  CHECK(wrong.out == "rc=1\n");
+  CHECK(wrong.err.find("TROUPE_TLS_CERTIFICATE: ") != std::string::npos);
 }
 
 TEST_CASE("files that make no TLS are refused before anything starts") {
