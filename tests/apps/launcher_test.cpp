@@ -5,8 +5,6 @@
 
 #include <fmt/format.h>
 
-#include <netinet/in.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 
 namespace troupe::test {
@@ -135,17 +133,10 @@ TEST_CASE("tasks on one host share a secret that is their user's alone") {
 
 TEST_CASE("a meeting point that is taken is named") {
   const Scratch s;
-  const int taken = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  REQUIRE(bind(taken, reinterpret_cast<sockaddr*>(&address), size) == 0);
-  REQUIRE(getsockname(taken, reinterpret_cast<sockaddr*>(&address), &size) == 0);
-  const int port = ntohs(address.sin_port);
+  const SilentPort taken;
+  const int port = taken.port();
   const auto o =
       run_tasks({torchrun(0, port), torchrun(1, port)}, generate(s.model) + " --join-timeout 2");
-  close(taken);
   CAPTURE(o.err);
   CHECK(o.out == "rc=1\nrc=1\n");
   CHECK(o.err.find(fmt::format("127.0.0.1:{}", port)) != std::string::npos);

@@ -4,9 +4,7 @@
 
 #include <doctest/doctest.h>
 
-#include <netinet/in.h>
 #include <pty.h>
-#include <sys/socket.h>
 
 #include <algorithm>
 
@@ -228,17 +226,9 @@ TEST_CASE("garbage on the control port harms nobody") {
 
 TEST_CASE("a client of something that is no cluster gives up, saying why") {
   const Scratch s;
-  const int listening = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in at{};
-  at.sin_family = AF_INET;
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof at;
-  REQUIRE(bind(listening, reinterpret_cast<sockaddr*>(&at), size) == 0);
-  REQUIRE(listen(listening, 16) == 0); // the kernel takes connections that nobody answers
-  REQUIRE(getsockname(listening, reinterpret_cast<sockaddr*>(&at), &size) == 0);
-  const auto address = "127.0.0.1:" + std::to_string(ntohs(at.sin_port));
+  const SilentPort silent;
+  const auto address = "127.0.0.1:" + std::to_string(silent.port());
   const auto o = run({"generate", s.model, "--tokens", "5", "--attach", address, "--token", "any"});
-  close(listening);
   CAPTURE(o.err);
   CHECK_FALSE(o.timed_out);
   CHECK(o.code == 1);

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -161,6 +163,29 @@ private:
 inline Outcome run(std::vector<std::string> args, const std::function<void()>& prepare = {}) {
   return Program{std::move(args), prepare}.finish();
 }
+
+// A port of loopback where the kernel takes connections that nobody answers.
+class SilentPort {
+public:
+  SilentPort() {
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof at;
+    auto* address = reinterpret_cast<sockaddr*>(&at);
+    if (bind(fd_, address, size) != 0 || listen(fd_, 16) != 0 ||
+        getsockname(fd_, address, &size) != 0)
+      std::abort();
+    port_ = ntohs(at.sin_port);
+  }
+  SilentPort(const SilentPort&) = delete;
+  SilentPort& operator=(const SilentPort&) = delete;
+  ~SilentPort() { close(fd_); }
+  [[nodiscard]] int port() const { return port_; }
+
+private:
+  int fd_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), port_ = 0;
+};
 
 // Runs the program as a launcher would: once for each of `environments` ("NAME=value …"), all at
 // the same time. stdout is that of all, and a line rc=N for each in order.
