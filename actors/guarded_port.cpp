@@ -62,10 +62,6 @@ public:
   }
 };
 
-} // namespace
-
-namespace {
-
 // A number as BASP writes it: big-endian.
 template <class T>
 T read_number(std::span<const std::byte, kFrameHeaderBytes> header, size_t at) {

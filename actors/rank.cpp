@@ -42,10 +42,6 @@ int64_t resident_bytes() {
 }
 
 RankLimits resolve(RankLimits limits, const ModelConfig& config, int64_t num_mtp_layers) {
-  if (limits.batch <= 0)
-    limits.batch = 16;
-  if (limits.prefill_chunk <= 0)
-    limits.prefill_chunk = 512;
   if (limits.kv_tokens <= 0)
     limits.kv_tokens = 16384;
   limits.kv_tokens = (limits.kv_tokens + kPageTokens - 1) / kPageTokens * kPageTokens;

@@ -461,9 +461,9 @@ void add_cluster_options(CLI::App& command, SessionOptions& o) {
       ->capture_default_str()
       ->group(arithmetic);
   command
-      .add_option("--prefill-chunk", o.cluster.limits.prefill_chunk,
-                  "Prompt tokens of one step (default 512)")
+      .add_option("--prefill-chunk", o.cluster.limits.prefill_chunk, "Prompt tokens of one step")
       ->check(CLI::Range(1, 65536))
+      ->capture_default_str()
       ->group(arithmetic);
   command
       .add_option(
