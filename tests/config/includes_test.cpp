@@ -76,9 +76,9 @@ const std::map<std::string, Words> kExceptions = {
 };
 
 // The operating system's own. Whoever computes or reads files needs no sockets.
-const Words kSystem = {"sys/",     "linux/",  "sanitizer/", "stdlib.h", "dlfcn.h",
-                       "fcntl.h",  "sched.h", "signal.h",   "poll.h",   "pthread.h",
-                       "unistd.h", "errno.h", "elf.h",      "dirent.h", "spawn.h"};
+const Words kSystem = {"sys/",    "linux/",   "sanitizer/", "stdlib.h",  "dlfcn.h",  "fcntl.h",
+                       "sched.h", "signal.h", "poll.h",     "pthread.h", "unistd.h", "errno.h",
+                       "elf.h",   "dirent.h", "spawn.h",    "pty.h"};
 const Words kSockets = {"sys/socket.h", "sys/un.h",  "netinet/", "arpa/",
                         "netdb.h",      "ifaddrs.h", "net/if.h", "linux/if"};
 
