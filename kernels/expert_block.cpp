@@ -179,17 +179,11 @@ caf::expected<Layout> check_block(const ModelConfig& config, const Arithmetic& a
   return layout;
 }
 
-// Allocates the block's memory and points the matrices into it.
-caf::expected<MemoryBlock> bind_block(Layout& layout) {
-  auto memory = MemoryBlock::allocate(layout.header.total_bytes);
-  if (!memory)
-    return with_context(
-        fmt::format("layer {}, expert {}", layout.header.layer, layout.header.expert),
-        memory.error());
+// Points the matrices into the block's memory.
+void bind_block(Layout& layout, const MemoryBlock& memory) {
   const auto matrices = matrices_of(layout.weights);
   for (size_t i = 0; i < matrices.size(); ++i)
-    attach(*matrices[i], memory->data() + layout.header.matrices[i].offset);
-  return memory;
+    attach(*matrices[i], memory.data() + layout.header.matrices[i].offset);
 }
 
 std::vector<LoadPlan::Piece> pieces_of(const WeightSources::Matrix& m) {
@@ -233,25 +227,26 @@ public:
     return tensors;
   }
 
-  [[nodiscard]] caf::expected<ExpertBlock> load() const {
-    FfnWeights weights{matrices_[0].packed, matrices_[1].packed, matrices_[2].packed};
-    auto layout = lay_out(key_.layer, key_.expert, weights);
-    auto memory = bind_block(layout);
-    if (!memory)
-      return std::move(memory.error());
+  // Of the block.
+  [[nodiscard]] size_t num_bytes() const { return layout().header.total_bytes; }
+
+  // `memory` has num_bytes().
+  [[nodiscard]] caf::expected<ExpertBlock> load(MemoryBlock memory) const {
+    auto layout = this->layout();
+    bind_block(layout, memory);
     const auto packed = matrices_of(layout.weights);
     for (size_t i = 0; i < packed.size(); ++i)
       if (auto error =
               pack(*packed[i], {&matrices_[i].source, 1},
-                   memory->data() + layout.header.matrices[i].offset, 0, packed[i]->panels()))
+                   memory.data() + layout.header.matrices[i].offset, 0, packed[i]->panels()))
         return error;
     auto& header = layout.header;
     header.weights_version = version_;
-    header.payload_xxh3 = XXH3_64bits(memory->data() + kHeaderBytes, memory->size() - kHeaderBytes);
+    header.payload_xxh3 = XXH3_64bits(memory.data() + kHeaderBytes, memory.size() - kHeaderBytes);
     seal(header);
-    std::memcpy(memory->data(), &header, sizeof(header));
+    std::memcpy(memory.data(), &header, sizeof(header));
     ExpertBlock block;
-    block.memory_ = std::move(*memory);
+    block.memory_ = std::move(memory);
     block.weights_ = layout.weights;
     block.layer_ = key_.layer;
     block.expert_ = key_.expert;
@@ -260,6 +255,11 @@ public:
   }
 
 private:
+  [[nodiscard]] Layout layout() const {
+    return lay_out(key_.layer, key_.expert,
+                   FfnWeights{matrices_[0].packed, matrices_[1].packed, matrices_[2].packed});
+  }
+
   std::array<WeightSources::Matrix, 3> matrices_;
   ExpertKey key_;
   uint64_t version_ = 0;
@@ -281,9 +281,12 @@ caf::expected<ExpertBlock> ExpertBlock::adopt(const ModelConfig& config,
   auto layout = check_block(config, arithmetic, bytes);
   if (!layout)
     return std::move(layout.error());
-  auto memory = bind_block(*layout);
+  auto memory = MemoryBlock::allocate(layout->header.total_bytes);
   if (!memory)
-    return std::move(memory.error());
+    return with_context(
+        fmt::format("layer {}, expert {}", layout->header.layer, layout->header.expert),
+        memory.error());
+  bind_block(*layout, *memory);
   std::memcpy(memory->data(), bytes.data(), bytes.size());
   ExpertBlock block;
   block.memory_ = std::move(*memory);
@@ -299,25 +302,31 @@ load_experts(const Checkpoint& checkpoint, const Arithmetic& arithmetic,
              std::span<const ExpertKey> keys, int num_threads, const LoadProgress& progress) {
   if (auto error = check_arithmetic(checkpoint.config(), arithmetic))
     return error;
-  std::vector<ExpertBlock> blocks(keys.size());
-  LoadPlan plan{checkpoint};
-  for (size_t i = 0; i < keys.size(); ++i) {
-    auto loader = ExpertBlockLoader::make(checkpoint, arithmetic, keys[i]);
+  std::vector<ExpertBlockLoader> loaders;
+  std::vector<size_t> bytes;
+  for (const auto& key : keys) {
+    auto loader = ExpertBlockLoader::make(checkpoint, arithmetic, key);
     if (!loader)
       return std::move(loader.error());
-    auto pieces = loader->pieces();
-    auto shared = loader->shared();
+    bytes.push_back(loader->num_bytes());
+    loaders.push_back(std::move(*loader));
+  }
+  auto memory = MemoryBlock::allocate_together(bytes);
+  if (!memory)
+    return with_context(fmt::format("{} experts", keys.size()), memory.error());
+  std::vector<ExpertBlock> blocks(keys.size());
+  LoadPlan plan{checkpoint};
+  for (size_t i = 0; i < keys.size(); ++i)
     plan.add(
-        std::move(pieces),
-        [&block = blocks[i], loader = std::move(*loader)]() -> caf::error {
-          auto loaded = loader.load();
+        loaders[i].pieces(),
+        [&, i]() -> caf::error {
+          auto loaded = loaders[i].load(std::move((*memory)[i]));
           if (!loaded)
             return std::move(loaded.error());
-          block = std::move(*loaded);
+          blocks[i] = std::move(*loaded);
           return {};
         },
-        std::move(shared));
-  }
+        loaders[i].shared());
   if (auto error = plan.run(num_threads, progress, 0, plan.bytes()))
     return error;
   return blocks;

@@ -37,6 +37,10 @@ class MemoryBlock {
 public:
   MemoryBlock() = default;
   [[nodiscard]] static caf::expected<MemoryBlock> allocate(size_t bytes);
+  // Blocks side by side, so that huge pages back those too that are smaller than one. Each is given
+  // back alone; a huge page that two share is returned once the kernel has split it.
+  [[nodiscard]] static caf::expected<std::vector<MemoryBlock>>
+  allocate_together(std::span<const size_t> bytes);
   [[nodiscard]] std::byte* data() const { return data_.get(); }
   [[nodiscard]] size_t size() const { return data_ ? size_ : 0; }
 

@@ -549,7 +549,29 @@ TEST_CASE("memory that no machine has is refused by name, none is a block withou
   const auto block = MemoryBlock::allocate(std::numeric_limits<size_t>::max() - 5);
   REQUIRE_FALSE(block);
   CHECK(code_of(block.error()) == Errc::out_of_memory);
+  const std::array<size_t, 2> two{std::numeric_limits<size_t>::max() / 3,
+                                  std::numeric_limits<size_t>::max() / 3};
+  CHECK(code_of(MemoryBlock::allocate_together(two).error()) == Errc::out_of_memory);
   const auto empty = must(MemoryBlock::allocate(0));
   CHECK(empty.size() == 0);
   CHECK(empty.data() == nullptr);
+}
+
+TEST_CASE("blocks side by side are apart, and given back alone") {
+  const std::array<size_t, 5> bytes{3 << 20, 100, 0, 1 << 20, 4097};
+  auto blocks = must(MemoryBlock::allocate_together(bytes));
+  REQUIRE(blocks.size() == bytes.size());
+  CHECK(blocks[2].data() == nullptr);
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    REQUIRE(blocks[i].size() == bytes[i]);
+    CHECK(reinterpret_cast<uintptr_t>(blocks[i].data()) % 4096 == 0);
+    CHECK(std::all_of(blocks[i].data(), blocks[i].data() + bytes[i],
+                      [](std::byte b) { return b == std::byte{0}; }));
+    std::fill_n(blocks[i].data(), bytes[i], static_cast<std::byte>(i + 1));
+  }
+  blocks[0] = {};
+  blocks[3] = {};
+  for (const size_t i : {1u, 4u})
+    CHECK(std::all_of(blocks[i].data(), blocks[i].data() + bytes[i],
+                      [&](std::byte b) { return b == static_cast<std::byte>(i + 1); }));
 }
